@@ -1,0 +1,246 @@
+"""From a YAML file or flat keyword arguments to a checked `RunConfig`.
+
+Refuses: unknown keys (with the nearest known name), keys given twice, values out of range, and a setting given both
+flat and nested with different values. Every refusal is one line that names the file, the key, the value and the remedy.
+Relative paths in a file are relative to that file, except `output_dir`, which is relative to where the command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cvm_translator.config.schema import RunConfig
+from cvm_translator.errors import ConfigError
+
+# What the flat keyword arguments of the specification set.
+FLAT_KEYS: dict[str, tuple[str, ...]] = {
+    "num_iterations": ("distillation", "num_iterations"),
+    "batch_size": ("distillation", "batch_size"),
+    "learning_rate": ("distillation", "learning_rate"),
+    "temperature": ("distillation", "temperature"),
+    "alpha": ("distillation", "alpha"),
+    "beta": ("distillation", "beta"),
+    "warmup_steps": ("distillation", "warmup_steps"),
+    "weight_decay": ("distillation", "weight_decay"),
+    "max_grad_norm": ("distillation", "max_grad_norm"),
+    "grad_accum_steps": ("distillation", "grad_accum_steps"),
+    "label_smoothing": ("distillation", "label_smoothing"),
+    "precision": ("distillation", "precision"),
+    "validation_frequency": ("validation", "every_steps"),
+    "quality_threshold": ("guard", "quality_threshold"),
+    "degradation_threshold": ("guard", "degradation_threshold"),
+    "max_rollbacks": ("guard", "max_rollbacks"),
+    "quantization_bits": ("quantization", "bits"),
+    "quantization_method": ("quantization", "method"),
+    "vocab_size": ("tokenizer", "vocab_size"),
+    "source_language": ("corpus", "source_language"),
+    "target_language": ("corpus", "target_language"),
+}
+
+# What flat keyword arguments leave out: the sizes of configs/cvm_small.yaml and the public German-English corpus.
+DEFAULTS: dict[str, Any] = {
+    "corpus": {"preset": "gettext_de_en"},
+    "tokenizer": {"vocab_size": 8000},
+    "teacher": {
+        "model": {"dim": 256, "num_heads": 4, "feed_forward_dim": 1024, "encoder_layers": 6, "decoder_layers": 3},
+    },
+    "student": {
+        "model": {"dim": 256, "num_heads": 4, "feed_forward_dim": 1024, "encoder_layers": 3, "decoder_layers": 1},
+        "init": "teacher_layers",
+    },
+}
+
+
+class DistillationConfig(RunConfig):
+    """A run's settings from keyword arguments, flat (`num_iterations=10000`) or nested (`guard={...}`), or both.
+
+    What is left out has a stated default: the specification's training settings, the small models and the public
+    German-English corpus. Raises `ConfigError`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**_checked("DistillationConfig", _unflatten(settings)))
+
+
+def load_config(
+    path: Path | str, overrides: list[str] | None = None, output_dir: Path | str | None = None
+) -> RunConfig:
+    """Read a YAML file, apply `key.subkey=value` overrides and the output folder, and check everything."""
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; see configs/ for examples") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a readable YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds no settings; see configs/ for examples")
+    data = _unflatten(data)
+    _resolve_paths(data, path.resolve().parent)
+    for override in overrides or []:
+        _apply_override(data, override)
+    if output_dir is not None:
+        data["output_dir"] = str(output_dir)
+    return RunConfig(**_checked(str(path), data))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML with every default spelled out."""
+    return yaml.safe_dump(config.to_plain(), sort_keys=False, allow_unicode=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ details
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
+
+
+def _construct_mapping(loader: Any, node: Any) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise yaml.YAMLError(f"key {key!r} is given twice (line {line}); keep one")
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def _unflatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Move flat keys to their nested places and fill in the sections that are missing altogether."""
+    nested = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for flat, (section, key) in FLAT_KEYS.items():
+        if flat not in nested:
+            continue
+        value = nested.pop(flat)
+        target = nested.setdefault(section, {})
+        if isinstance(target, dict):
+            if target.get(key, value) != value:
+                raise ConfigError(
+                    f"{flat}={value!r} contradicts {section}.{key}={target[key]!r}: they are one setting, give it once"
+                )
+            target[key] = value
+    for section, default in DEFAULTS.items():
+        nested.setdefault(section, default)
+    corpus = nested["corpus"]
+    if isinstance(corpus, dict) and "train" not in corpus:
+        corpus.setdefault("preset", DEFAULTS["corpus"]["preset"])
+    return nested
+
+
+def _resolve_paths(data: dict[str, Any], base: Path) -> None:
+    """Make the paths of a config file absolute, in place."""
+
+    def resolve(section: Any, *keys: str) -> None:
+        if isinstance(section, dict):
+            for key in keys:
+                if isinstance(section.get(key), str):
+                    section[key] = str(base / Path(section[key]).expanduser())
+
+    corpus = data.get("corpus")
+    resolve(corpus, "cache_dir")
+    if isinstance(corpus, dict):
+        for split in ("train", "validation", "test", "unseen"):
+            for source in corpus.get(split) or []:
+                is_hub_name = (
+                    isinstance(source, dict)
+                    and source.get("format") == "huggingface"
+                    and not (base / str(source.get("path", ""))).exists()
+                )
+                if not is_hub_name:
+                    resolve(source, "path", "source_path", "target_path")
+    resolve(data.get("tokenizer"), "path")
+    resolve(data.get("teacher"), "path", "cache_dir")
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: expected key=value, such as distillation.num_iterations=100")
+    *parents, last = FLAT_KEYS.get(key, tuple(key.split(".")))
+    section: Any = data
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        section[last] = text
+
+
+def _checked(origin: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Return `data` if `RunConfig` accepts it; else raise the first problem as one line."""
+    try:
+        RunConfig(**data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise ConfigError(f"{origin}: unknown setting {key}{_suggest(problem['loc'])}") from None
+        value = problem.get("input")
+        shown = f" (got {value!r:.80})" if not isinstance(value, dict) else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{origin}: {key or 'settings'}: {message}{shown}") from None
+    return data
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    """The nearest known name beside `location`, else the nearest anywhere."""
+    *parents, name = location
+    beside = _names_at(RunConfig, [str(part) for part in parents])
+    if len(parents) == 0:
+        beside = beside | set(FLAT_KEYS)
+    everywhere = _all_names(RunConfig, ())
+    close = difflib.get_close_matches(str(name), sorted(beside), n=1, cutoff=0.5)
+    if close and name not in everywhere:
+        return f": did you mean {'.'.join([*map(str, parents), close[0]])}?"
+    close = difflib.get_close_matches(str(name), sorted(everywhere), n=1, cutoff=0.6)
+    if close:
+        return f": did you mean {everywhere[close[0]]}?"
+    return f": known here are {', '.join(sorted(beside))}"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []
+
+
+def _names_at(model: type[BaseModel], parents: list[str]) -> set[str]:
+    """Field names of the settings that lie at a path; list indices and union tags are passed over."""
+    models = [model]
+    for part in parents:
+        inner = [
+            found
+            for candidate in models
+            if part in candidate.model_fields
+            for found in _models_in(candidate.model_fields[part].annotation)
+        ]
+        models = inner or models
+    return {name for candidate in models for name in candidate.model_fields}
+
+
+def _all_names(model: type[BaseModel], prefix: tuple[str, ...]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        for inner in _models_in(field.annotation):
+            names |= _all_names(inner, (*prefix, name))
+        names[name] = ".".join((*prefix, name))
+    return names

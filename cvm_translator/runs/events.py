@@ -1,0 +1,172 @@
+"""The run's diary: one JSON object a line, appended and never changed.
+
+Guarantees: every event carries `schema_version`, `time` (UTC, ISO 8601), `kind`, `step` and `attempt`. Numbers are
+written with all their digits, so the losses of a replayed step can be compared bit for bit; a number that JSON cannot
+hold (NaN, infinity) is written as a string. A line torn by a crash is closed off by the next writer, and readers pass
+over it.
+
+Per-step `train` events are buffered and written together with the next other event or at `flush`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+KINDS = (
+    "run_started",
+    "stage_started",
+    "stage_finished",
+    "train",
+    "progress",
+    "validation",
+    "verdict",
+    "checkpoint",
+    "rollback",
+    "warning",
+    "stopped",
+    "resumed",
+    "failed",
+    "run_finished",
+)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+class EventWriter:
+    """Appends events to a file; the one writer is the holder of the run's lock."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = open(path, "ab")  # noqa: SIM115 (lives as long as the writer)
+        self._buffer: list[bytes] = []
+        if self._stream.tell() and not _ends_with_newline(path):
+            self._stream.write(b"\n")
+
+    def write(self, kind: str, *, step: int | None = None, attempt: int = 1, **fields: Any) -> None:
+        """Append one event and everything buffered before it."""
+        self.buffer(kind, step=step, attempt=attempt, **fields)
+        self.flush()
+
+    def buffer(self, kind: str, *, step: int | None = None, attempt: int = 1, **fields: Any) -> None:
+        """Keep one event for the next `write` or `flush`."""
+        assert kind in KINDS, kind
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        event = {"schema_version": SCHEMA_VERSION, "time": time, "kind": kind, "step": step, "attempt": attempt}
+        line = json.dumps(event | _plain(fields), ensure_ascii=False, allow_nan=False, default=str)
+        self._buffer.append(line.encode("utf-8", "backslashreplace") + b"\n")
+
+    def flush(self, *, sync: bool = False) -> None:
+        """Hand buffered events to the operating system; with `sync`, to the disk."""
+        if self._buffer:
+            self._stream.write(b"".join(self._buffer))
+            self._buffer.clear()
+        self._stream.flush()
+        if sync:
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self.flush(sync=True)
+        self._stream.close()
+
+    def __enter__(self) -> EventWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event of one line, or None for a torn or foreign one."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "kind" in event else None
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """All whole events of a file, oldest first; a missing file has none."""
+    if not path.exists():
+        return
+    with open(path, "rb") as stream:
+        for line in stream:
+            if line.endswith(b"\n") and (event := parse_event(line)) is not None:
+                yield event
+
+
+class EventTail:
+    """Reads what a growing file gained since the last poll.
+
+    The place is kept as (device, inode, offset), so a rotated or truncated file is read anew from its start, and the
+    rest of a rotated one is read to its end first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream: Any = None
+        self._identity: tuple[int, int] | None = None
+        self._partial = b""
+
+    def poll(self) -> list[dict[str, Any]]:
+        return [event for line in self.poll_lines() if (event := parse_event(line)) is not None]
+
+    def poll_lines(self) -> list[bytes]:
+        """Whole new lines, without their ends."""
+        lines: list[bytes] = []
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            status = None
+        identity = (status.st_dev, status.st_ino) if status else None
+        if self._stream is not None and identity != self._identity:
+            lines += self._read()
+            self._close()
+        if self._stream is None:
+            if identity is None:
+                return lines
+            try:
+                self._stream = open(self.path, "rb")  # noqa: SIM115 (kept open between polls)
+            except FileNotFoundError:
+                return lines
+            opened = os.fstat(self._stream.fileno())
+            self._identity = (opened.st_dev, opened.st_ino)
+        elif status is not None and status.st_size < self._stream.tell():
+            self._stream.seek(0)
+            self._partial = b""
+        return lines + self._read()
+
+    def _read(self) -> list[bytes]:
+        data = self._partial + self._stream.read()
+        *lines, self._partial = data.split(b"\n")
+        return [line for line in lines if line]
+
+    def _close(self) -> None:
+        self._stream.close()
+        self._stream, self._identity, self._partial = None, None, b""
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._close()
