@@ -1,0 +1,88 @@
+"""What a metric is: a computation (`Metric`), its result (`Score`), and the text that makes it reproducible.
+
+Guarantees: a metric turns N pairs of strings into an (N, K) float64 array of *sufficient statistics*, one row a sentence,
+and any sum of such rows into a score. A resampled corpus is a weighted sum of rows, so resampling never scores a
+sentence again. Non-finite statistics are refused with ValueError; no metric ever answers with a stand-in number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+class Metric(Protocol):
+    """Computes one number from hypotheses and references."""
+
+    name: str
+
+    def signature(self) -> str:
+        """Everything someone else needs to get the same number (library, version, options)."""
+
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str] | None = None
+    ) -> FloatArray:
+        """Per-sentence sufficient statistics, shape (N, K). `sources` is for metrics that read the source too."""
+
+    def score(self, aggregate: FloatArray) -> FloatArray:
+        """Scores (...) of summed statistics (..., K), on the metric's customary scale."""
+
+    def retention_value(self, score: FloatArray) -> FloatArray:
+        """The score on the scale on which higher is better, 0 is worthless, and 1 is a perfect match."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's value on a corpus, with its confidence interval where one was computed."""
+
+    name: str
+    value: float
+    signature: str
+    interval: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        digits = 4 if self.name in ("bertscore", "comet") else 2
+        text = f"{self.name} = {self.value:.{digits}f}"
+        if self.interval is not None:
+            text += f" [{self.interval[0]:.{digits}f}, {self.interval[1]:.{digits}f}]"
+        return text
+
+
+class MeanMetric:
+    """A metric whose corpus score is the mean of its sentence scores: statistics are (value, 1)."""
+
+    scale = 100.0
+
+    def score(self, aggregate: FloatArray) -> FloatArray:
+        total, count = aggregate[..., 0], aggregate[..., 1]
+        return np.asarray(self.scale * total / count, dtype=np.float64)
+
+    def retention_value(self, score: FloatArray) -> FloatArray:
+        return np.asarray(np.maximum(0.0, np.asarray(score) / self.scale), dtype=np.float64)
+
+    def as_statistics(self, values: Sequence[float] | FloatArray) -> FloatArray:
+        column = np.asarray(values, dtype=np.float64)
+        return np.stack([column, np.ones_like(column)], axis=-1)  # (N, 2)
+
+
+def check_pairs(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    """Refuse lists that cannot be compared line by line."""
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses do not match {len(references)} references")
+    if not references:
+        raise ValueError("no sentences to score")
+
+
+def check_finite(name: str, statistics: FloatArray) -> FloatArray:
+    """Return the statistics, or raise ValueError when one of them is NaN or infinite."""
+    finite = np.isfinite(statistics)
+    if not finite.all():
+        row = int(np.argwhere(~finite)[0][0])
+        raise ValueError(f"{name} is not a number for sentence {row + 1}")
+    return statistics
