@@ -1,0 +1,214 @@
+"""The distillation loss: alpha · T² · KL(teacher_T ‖ student_T) + beta · CE, over real target tokens.
+
+Both terms are sums over the tokens given, divided by `num_tokens`, the tokens of the whole effective batch: micro-batches of
+unequal token counts then add up to exactly the gradient of the whole batch. (Hinton et al., 2015, arXiv:1503.02531; T² keeps the
+size of the distillation gradient comparable across temperatures.)
+
+The gradient with respect to the student's logits has a closed form,
+
+    alpha · T · (p_student^T − p_teacher^T) + beta · (p_student − y),   y the (smoothed) reference,
+
+so the forward pass computes it at once and writes it over the logits: one N × V buffer for the student and one for the teacher, instead of the
+half dozen that autograd would keep. Softmax maths is in float32 (float64 for float64 input) on blocks of rows that stay in
+the processor's cache. Logits are products in autocast's type where autocast is on.
+
+Refuses: shapes that do not match, targets without a teacher where alpha > 0. NaN in, NaN out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}
+"""Logits handled together, by device type; 1 MiB of float32 on a CPU."""
+_DEFAULT_BLOCK_ELEMENTS = 1 << 26
+
+
+class LossParts(NamedTuple):
+    """total = alpha · distillation + beta · task; only `total` carries a gradient."""
+
+    total: Tensor
+    distillation: Tensor
+    """T² · KL, without its weight."""
+    task: Tensor
+    """Cross-entropy, without its weight."""
+    num_correct: Tensor
+    """Tokens whose most likely prediction is the target (int64)."""
+
+
+def compute_logits(hidden: Tensor, matrix: Tensor) -> Tensor:
+    """hidden (N, D) @ matrix (V, D).T in autocast's type if autocast is on, else in their own."""
+    return _to_product_type(hidden) @ _to_product_type(matrix).t()
+
+
+def _to_product_type(values: Tensor) -> Tensor:
+    device_type = values.device.type
+    if torch.is_autocast_enabled(device_type) and values.dtype != torch.float64:
+        return values.to(torch.get_autocast_dtype(device_type))
+    return values
+
+
+def _block_rows(logits: Tensor) -> int:
+    return max(1, _BLOCK_ELEMENTS.get(logits.device.type, _DEFAULT_BLOCK_ELEMENTS) // logits.shape[1])
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+class _TaskAndDistillation(torch.autograd.Function):
+    """(hidden, matrix, …) -> sums (T²·KL, CE, correct) and the weighted total; see the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, teacher_logits: Tensor | None, settings: DistillationLoss
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.types = hidden.dtype, matrix.dtype
+        hidden, matrix = _to_product_type(hidden), _to_product_type(matrix)
+        logits = hidden @ matrix.t()  # (N, V), overwritten block by block with its gradient
+        with torch.autocast(hidden.device.type, enabled=False):
+            parts = [
+                settings.write_gradient(
+                    logits[rows], targets[rows], None if teacher_logits is None else teacher_logits[rows]
+                )
+                for rows in _slices(logits.shape[0], _block_rows(logits))
+            ]
+        distillation, task, num_correct = (torch.stack(part).sum() for part in zip(*parts, strict=True))
+        total = settings.alpha * distillation + settings.beta * task
+        ctx.save_for_backward(hidden, matrix, logits)
+        ctx.mark_non_differentiable(distillation, task, num_correct)
+        return total, distillation, task, num_correct
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        hidden, matrix, grad_logits = ctx.saved_tensors
+        grad_total, (hidden_type, matrix_type) = grad_outputs[0], ctx.types
+        grad_hidden = grad_matrix = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (grad_logits @ matrix).to(hidden_type) * grad_total
+        if ctx.needs_input_grad[1]:
+            grad_matrix = (grad_logits.t() @ hidden).to(matrix_type) * grad_total
+        return grad_hidden, grad_matrix, None, None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, max(length, 1), size)]
+
+
+class DistillationLoss:
+    """See the module's docstring. With alpha = 0 it is the cross-entropy alone and needs no teacher."""
+
+    def __init__(self, temperature: float, alpha: float, beta: float, label_smoothing: float = 0.0) -> None:
+        if not (temperature > 0 and alpha >= 0 and beta >= 0 and 0 <= label_smoothing < 1):
+            raise ValueError(
+                f"temperature {temperature} must be positive, alpha {alpha} and beta {beta} at least 0, "
+                f"label_smoothing {label_smoothing} in [0, 1)"
+            )
+        self.temperature, self.alpha, self.beta = temperature, alpha, beta
+        self.label_smoothing = label_smoothing
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.alpha > 0
+
+    def __call__(
+        self,
+        student_hidden: Tensor,
+        student_matrix: Tensor,
+        targets: Tensor,
+        *,
+        num_tokens: float,
+        teacher_hidden: Tensor | None = None,
+        teacher_matrix: Tensor | None = None,
+    ) -> LossParts:
+        """Student hidden (N, D) and matrix (V, D), targets (N,) ids, teacher hidden (N, D') and matrix (V, D')."""
+        _check_shapes(student_hidden, student_matrix, targets)
+        teacher_logits = None
+        if self.needs_teacher:
+            if teacher_hidden is None or teacher_matrix is None:
+                raise ValueError(f"alpha is {self.alpha}: the distillation term needs the teacher's hidden states and matrix")
+            _check_shapes(teacher_hidden, teacher_matrix, targets)
+            if teacher_matrix.shape[0] != student_matrix.shape[0]:
+                raise ValueError(
+                    f"the teacher's vocabulary has {teacher_matrix.shape[0]} entries, the student's {student_matrix.shape[0]}"
+                )
+            with torch.no_grad():
+                teacher_logits = compute_logits(teacher_hidden, teacher_matrix)
+        parts = _TaskAndDistillation.apply(student_hidden, student_matrix, targets, teacher_logits, self)
+        total, distillation, task, num_correct = parts
+        return LossParts(total / num_tokens, distillation / num_tokens, task / num_tokens, num_correct)
+
+    def write_gradient(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums (T²·KL, CE, correct) over the rows, and the gradient of the weighted sum written over `logits`."""
+        student = _wide(logits)
+        log_probs = student.log_softmax(-1)
+        target_log_probs = log_probs.gather(1, targets[:, None])
+        num_correct = (student.argmax(-1) == targets).sum()
+        smoothing, num_classes = self.label_smoothing, logits.shape[1]
+        task = -(1.0 - smoothing) * target_log_probs.sum()
+        if smoothing:
+            task = task - smoothing / num_classes * log_probs.sum()
+        distillation = task.new_zeros(())
+        gradient = None
+        if teacher_logits is not None:
+            distillation, gradient = self._distil(student, log_probs, _wide(teacher_logits))
+        if self.beta:
+            probs = log_probs.exp_()
+            if smoothing:
+                probs.sub_(smoothing / num_classes)
+            probs.scatter_add_(1, targets[:, None], torch.full_like(target_log_probs, smoothing - 1.0))
+            gradient = probs.mul_(self.beta) if gradient is None else gradient.add_(probs, alpha=self.beta)
+        logits.copy_(gradient) if gradient is not None else logits.zero_()
+        return distillation, task, num_correct
+
+    def _distil(self, student: Tensor, log_probs: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """T² · KL summed over the rows and alpha · T · (p_student − p_teacher), both at the temperature."""
+        tempered = log_probs if self.temperature == 1.0 else (student / self.temperature).log_softmax(-1)
+        teacher_log_probs = (teacher / self.temperature).log_softmax(-1)
+        teacher_probs = teacher_log_probs.exp()
+        divergence = torch.dot(teacher_probs.flatten(), teacher_log_probs.sub_(tempered).flatten())
+        gradient = tempered.exp().sub_(teacher_probs).mul_(self.alpha * self.temperature)
+        return divergence * self.temperature**2, gradient
+
+
+def _check_shapes(hidden: Tensor, matrix: Tensor, targets: Tensor) -> None:
+    if hidden.dim() != 2 or matrix.dim() != 2 or hidden.shape[1] != matrix.shape[1] or hidden.shape[:1] != targets.shape:
+        raise ValueError(
+            f"hidden (N, D), matrix (V, D) and targets (N,) are needed, "
+            f"got {tuple(hidden.shape)}, {tuple(matrix.shape)} and {tuple(targets.shape)}"
+        )
+
+
+class GradientBalance(NamedTuple):
+    """How the two terms of the loss compare on one batch."""
+
+    gradient_ratio: float
+    """Norm of the weighted distillation gradient with respect to the logits, over that of the weighted task gradient."""
+    effective_targets: float
+    """exp of the mean entropy of the teacher's tempered distribution: among so many words it spreads its advice."""
+
+
+@torch.no_grad()
+def compute_gradient_ratio(
+    loss: DistillationLoss,
+    student_hidden: Tensor,
+    student_matrix: Tensor,
+    targets: Tensor,
+    teacher_hidden: Tensor,
+    teacher_matrix: Tensor,
+) -> GradientBalance:
+    """Compare the terms on one batch, shapes as in `DistillationLoss`; a ratio under about 0.2 means T is too high."""
+    student_logits = _wide(compute_logits(student_hidden, student_matrix))
+    teacher_logits = _wide(compute_logits(teacher_hidden, teacher_matrix))
+    distillation_gradient, task_gradient = student_logits.clone(), student_logits.clone()
+    DistillationLoss(loss.temperature, loss.alpha, 0.0).write_gradient(distillation_gradient, targets, teacher_logits)
+    DistillationLoss(loss.temperature, 0.0, loss.beta, loss.label_smoothing).write_gradient(task_gradient, targets, None)
+    log_probs = (teacher_logits / loss.temperature).log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item()
+    task_norm = task_gradient.norm().item()
+    ratio = distillation_gradient.norm().item() / task_norm if task_norm else math.inf
+    return GradientBalance(ratio, math.exp(entropy))

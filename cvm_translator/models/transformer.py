@@ -1,0 +1,199 @@
+"""The CVM Transformer: a pre-norm encoder-decoder whose full-attention form is M2M100's, number for number.
+
+One matrix embeds source and target and projects to logits. Embeddings are scaled by √D; positions are sinusoids in halves (all
+sines, then all cosines, denominator D/2 − 1) counted from 2; feed-forward layers use ReLU; every linear layer has a
+bias; encoder and decoder end in a layer norm. Dropout is applied where M2M100 applies its `dropout`: to the embeddings and
+to each residual branch (M2M100's attention and activation dropout are 0 here).
+
+Token ids: bos 0, pad 1, eos 2, unk 3; the decoder starts with eos. Batches are padded on the right; what is computed at padded
+positions is meaningless and must not be used. Teacher-forced and incremental decoding agree up to float rounding.
+
+Shapes: B batch, S source length, T target length, D hidden size, V vocabulary, R = B × beams.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cvm_translator.config.schema import ModelConfig
+from cvm_translator.models.attention import AttentionCache, CrossAttention, SelfAttention
+from cvm_translator.models.dropout import dropout
+from cvm_translator.quantization import QuantizableLinear, TiedEmbedding, set_fake_quantization
+
+BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+FIRST_POSITION = PAD_ID + 1
+
+
+def compute_positions(num_positions: int, dim: int) -> Tensor:
+    """Sinusoids of positions 0 … num_positions − 1, (num_positions, D) float32, as M2M100 and fairseq compute them."""
+    half = dim // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.int64).float() * -(math.log(10000.0) / max(half - 1, 1)))
+    angles = torch.arange(num_positions, dtype=torch.int64).float()[:, None] * rates[None]
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU between."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = QuantizableLinear(config.dim, config.feed_forward_dim)
+        self.down = QuantizableLinear(config.feed_forward_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x).relu_())
+        return out
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.attention = SelfAttention(config.dim, config.num_heads)
+        self.feed_forward_norm = nn.LayerNorm(config.dim)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + dropout(self.attention(self.attention_norm(x), mask), self.dropout, self.training)
+        return x + dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.attention = SelfAttention(config.dim, config.num_heads)
+        self.cross_attention_norm = nn.LayerNorm(config.dim)
+        self.cross_attention = CrossAttention(config.dim, config.num_heads)
+        self.feed_forward_norm = nn.LayerNorm(config.dim)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
+        x = x + dropout(self.attention(self.attention_norm(x), None, causal=True), self.dropout, self.training)
+        branch = self.cross_attention(self.cross_attention_norm(x), memory, memory_mask)
+        x = x + dropout(branch, self.dropout, self.training)
+        return x + dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
+
+    def step(self, x: Tensor, cache: AttentionCache, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """One new token of each row, x (R, D) -> (R, D)."""
+        x = x + self.attention.step(self.attention_norm(x), cache)
+        branch = self.cross_attention.attend(self.cross_attention_norm(x)[:, None], keys, values, mask)
+        x = x + branch[:, 0]
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+@dataclass
+class DecoderState:
+    """What incremental decoding remembers: each layer's own tokens (R rows) and its view of the source (B rows)."""
+
+    caches: list[AttentionCache]
+    memories: list[tuple[Tensor, Tensor]]
+    """Keys and values (B, H, S, d) of the source, by layer."""
+    memory_mask: Tensor | None
+    """(B, 1, 1, S), True where the source is real; None when nothing is padded."""
+    matrix: Tensor | None
+    """The embedding matrix when it is float, made once."""
+    length: int = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take the decoded tokens of the given rows; each row's source must stay the same (beams of one sentence)."""
+        for cache in self.caches:
+            cache.select(rows)
+
+    def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
+        """Keep the given rows, and the given sources where several rows share one."""
+        sources = rows if sources is None else sources
+        self.reorder(rows)
+        self.memories = [(k.index_select(0, sources), v.index_select(0, sources)) for k, v in self.memories]
+        if self.memory_mask is not None:
+            self.memory_mask = self.memory_mask.index_select(0, sources)
+
+
+class CvmTransformer(nn.Module):
+    """See the module's docstring. Built with random weights; `initialization` has better ones for training."""
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.embedding = TiedEmbedding(vocab_size, config.dim)
+        self.encoder_layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.encoder_norm = nn.LayerNorm(config.dim)
+        self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(config.dim)
+        self.register_buffer("positions", torch.empty(0), persistent=False)
+        self.reset_positions()
+
+    def reset_positions(self, device: torch.device | str | None = None) -> None:
+        """Compute the table of positions (again), for sequences of up to max_length tokens and the start mark."""
+        table = compute_positions(self.config.max_length + FIRST_POSITION + 1, self.config.dim)
+        self.positions = table[FIRST_POSITION:].to(device)
+
+    def num_parameters(self) -> int:
+        """Weights of the float model, the tied matrix once (scales of integer formats are not counted)."""
+        return sum(t.numel() for name, t in self.state_dict().items() if not name.endswith("_scale"))
+
+    def set_fake_quantization(self, on: bool) -> None:
+        """Round weights and activations to the 8-bit grid in every forward pass, or stop doing so."""
+        set_fake_quantization(self, on)
+
+    def _embed(self, ids: Tensor, matrix: Tensor | None) -> Tensor:
+        """(B, L) -> (B, L, D)."""
+        x = self.embedding.embed(ids, matrix) * math.sqrt(self.config.dim) + self.positions[: ids.shape[1]]
+        return dropout(x, self.config.dropout, self.training)
+
+    def _encode(self, src: Tensor, mask: Tensor | None, matrix: Tensor | None) -> Tensor:
+        x = self._embed(src, matrix)
+        for layer in self.encoder_layers:
+            x = layer(x, mask)
+        memory: Tensor = self.encoder_norm(x)
+        return memory
+
+    def encode(self, src: Tensor, src_mask: Tensor) -> Tensor:
+        """src (B, S) ids, src_mask (B, S) bool, True at real tokens -> memory (B, S, D)."""
+        return self._encode(src, _attention_mask(src_mask), None)
+
+    def forward(self, src: Tensor, src_mask: Tensor, tgt_in: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher-forced pass: src (B, S), src_mask (B, S) bool, tgt_in (B, T) -> hidden (B, T, D), matrix (V, D).
+
+        Logits are hidden @ matrix.T. With fake quantisation on, both are already rounded to the grid, and the matrix is
+        the one that embedded the tokens.
+        """
+        matrix = self.embedding.matrix()
+        mask = _attention_mask(src_mask)
+        memory = self._encode(src, mask, matrix)
+        x = self._embed(tgt_in, matrix)
+        for layer in self.decoder_layers:
+            x = layer(x, memory, mask)
+        return self.embedding.round_hidden(self.decoder_norm(x)), matrix
+
+    def start(self, memory: Tensor, src_mask: Tensor, beam_size: int = 1) -> DecoderState:
+        """The state before the first token, for `beam_size` consecutive rows per source."""
+        memories = [layer.cross_attention.project_memory(memory) for layer in self.decoder_layers]
+        rows, heads = memory.shape[0] * beam_size, self.config.num_heads
+        caches = [AttentionCache(rows, heads, keys.shape[-1], keys) for keys, _ in memories]
+        matrix = self.embedding.matrix() if isinstance(self.embedding, TiedEmbedding) else None
+        return DecoderState(caches, memories, _attention_mask(src_mask), matrix)
+
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """The logits (R, V) after one more token of each row, tokens (R,); moves the state on."""
+        x = self.embedding.embed(tokens, state.matrix) * math.sqrt(self.config.dim) + self.positions[state.length]
+        for layer, cache, (keys, values) in zip(self.decoder_layers, state.caches, state.memories, strict=True):
+            x = layer.step(x, cache, keys, values, state.memory_mask)
+        state.length += 1
+        return self.embedding.project(self.decoder_norm(x), state.matrix)
+
+
+def _attention_mask(src_mask: Tensor) -> Tensor | None:
+    """(B, 1, 1, S), or None where nothing is padded (asked on the CPU only: elsewhere it would be a sync point)."""
+    if src_mask.device.type == "cpu" and bool(src_mask.all()):
+        return None
+    return src_mask[:, None, None, :]

@@ -1,0 +1,98 @@
+"""The 8-bit grid: symmetric, absmax / 127 along the last dimension, round half to even.
+
+This is the grid that CTranslate2 deploys (`quantize_s8_row` and `ModelSpec.quantize`: scale = 127 / absmax, a row of
+zeros has scale 1, `nearbyint`/`np.rint`), so weights quantised here and there are the same integers. A row is one output of
+a linear layer or one token of an embedding for weights, and one token for activations.
+
+The step of a row is the reciprocal of that scale: value = integer × step. NaN and infinities in a row make the
+whole row NaN when fake-quantised, so that the loss shows them; quantising to integers refuses nothing, check before.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127.0
+
+
+def compute_inverse_step(values: Tensor) -> Tensor:
+    """127 / absmax of each row of a float tensor (..., K), as (..., 1); 1 where a row is all zeros."""
+    absmax = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
+    return torch.where(absmax == 0, absmax.new_ones(()), INT8_MAX / absmax)
+
+
+def quantize_int8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers (..., K) int8 and steps (..., 1) float32 with values ≈ integers × steps."""
+    values = values.float()
+    inverse_step = compute_inverse_step(values)
+    return (values * inverse_step).round_().to(torch.int8), inverse_step.reciprocal()
+
+
+def dequantize_int8(integers: Tensor, steps: Tensor) -> Tensor:
+    """The float32 values of `quantize_int8`."""
+    return integers * steps
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Rounds to the grid; the gradient passes straight through (Bengio et al., 2013, arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        inverse_step = compute_inverse_step(values)
+        return (values * inverse_step).round_().mul_(inverse_step.reciprocal())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0]
+
+
+def fake_quantize(values: Tensor) -> Tensor:
+    """`dequantize_int8(*quantize_int8(values))` with a straight-through gradient. Float in, float32 or float64 out."""
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()
+    result: Tensor = _FakeQuantize.apply(values)
+    return result
+
+
+@functools.cache
+def has_exact_int_mm(device_type: str) -> bool:
+    """Whether torch._int_mm exists for the device and accumulates exactly (some old CPUs saturate at 16 bits)."""
+    if device_type != "cpu" or not hasattr(torch, "_int_mm"):
+        return False
+    left = torch.full((32, 256), 127, dtype=torch.int8)
+    right = torch.full((256, 32), -127, dtype=torch.int8)
+    right[:, ::2] = 127
+    try:
+        product = torch._int_mm(left, right)
+    except RuntimeError:
+        return False
+    return torch.equal(product, (left.double() @ right.double()).to(torch.int32))
+
+
+def multiply_int8(left: Tensor, right: Tensor) -> Tensor:
+    """left (N, K) int8 × right (M, K) int8, transposed -> (N, M): int32, or float32 of the same integers.
+
+    Where there is no integer kernel the product is taken in float32, which is exact while sums stay below 2^24; longer rows
+    are cut so that each partial sum is exact.
+    """
+    if has_exact_int_mm(left.device.type):
+        return torch._int_mm(left, right.t())
+    longest = 1024  # 1024 × 127 × 127 < 2^24
+    parts = [
+        left[:, start : start + longest].float() @ right[:, start : start + longest].float().t()
+        for start in range(0, left.shape[1], longest)
+    ]
+    return functools.reduce(torch.add, parts)
+
+
+def linear_int8(values: Tensor, weight: Tensor, weight_step: Tensor, bias: Tensor | None) -> Tensor:
+    """values (..., K) quantised per token × weight (M, K) int8 with steps (M,) -> (..., M) float32."""
+    integers, steps = quantize_int8(values.reshape(-1, values.shape[-1]))
+    output = multiply_int8(integers, weight).float().mul_(steps).mul_(weight_step)
+    if bias is not None:
+        output.add_(bias)
+    return output.view(*values.shape[:-1], weight.shape[0])
