@@ -1,0 +1,1 @@
+"""The translation model: its maths, decoding, first weights, sizes and files."""
