@@ -120,6 +120,7 @@ class History:
             self.step = event["step"] if isinstance(event.get("step"), int) else self.step
         elif kind == "resumed":
             self.resumed = event
+            self.step = event["step"] if isinstance(event.get("step"), int) else self.step
         elif kind == "rollback":
             self._add_rollback(event)
         elif kind in ("validation", "verdict", "checkpoint", "warning"):
@@ -146,17 +147,17 @@ class History:
         self.step = event["step"] if isinstance(event.get("step"), int) else self.step
 
     def _add_rollback(self, event: Event) -> None:
-        number = event.get("rollback_number")
-        if number is None or all(other.get("rollback_number") != number for other in self.rollbacks):
+        known = ("stage", "attempt", "rollback_number", "from_step")
+        if all(any(event.get(name) != other.get(name) for name in known) for other in self.rollbacks):
             self.rollbacks.append(event)
-        to_step = event.get("to_step")
+        to_step, stage = event.get("to_step"), event.get("stage") or "distil"
         if not isinstance(to_step, int):
             return
         self.step, self.progress = to_step, None
         self.recent.clear()
-        if "distil" in self.curves:
-            self.curves["distil"].discard_after(to_step)
-        gone = [v for v in self.validations if is_student(v) and (v.get("step") or 0) > to_step]
+        if stage in self.curves:
+            self.curves[stage].discard_after(to_step)
+        gone = [v for v in of_stage(self.validations, stage) if (v.get("step") or 0) > to_step]
         self.discarded_validations += gone
         self.validations = [v for v in self.validations if v not in gone]
 
@@ -165,15 +166,22 @@ class History:
         """Steps of the distillation that were computed, those that a rollback threw away included."""
         return self.curves["distil"].executed_steps if "distil" in self.curves else 0
 
+    def best_step(self, stage: str = "distil") -> int | None:
+        """Step of the best model so far, as the last verdict names it."""
+        steps = [v["best_step"] for v in of_stage(self.verdicts, stage) if isinstance(v.get("best_step"), int)]
+        best = [c for c in of_stage(self.checkpoints, stage) if c.get("is_best")]
+        steps = steps or [c["step"] for c in best if isinstance(c.get("step"), int)]
+        return steps[-1] if steps else None
+
     def student_validations(self) -> list[Event]:
         """Validations of the student's own history, by step."""
-        last = {v["step"]: v for v in self.validations if is_student(v) and isinstance(v.get("step"), int)}
+        last = {v["step"]: v for v in of_stage(self.validations, "distil") if isinstance(v.get("step"), int)}
         return [last[step] for step in sorted(last)]
 
 
-def is_student(event: Event) -> bool:
-    """Whether an event is about the student's training, not the teacher's."""
-    return event.get("stage") in (None, "distil")
+def of_stage(events: Iterable[Event], stage: str) -> list[Event]:
+    """The events of one stage; those that name none are the student's."""
+    return [event for event in events if (event.get("stage") or "distil") == stage]
 
 
 def read_history(path: Path, *, recent_train_only: bool = False) -> History:

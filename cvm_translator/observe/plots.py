@@ -7,12 +7,14 @@ float student teal, the deployed student blue, what a rollback threw away pale, 
 
 from __future__ import annotations
 
+import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from cvm_translator.observe.history import Event, History, TrainCurve
+from cvm_translator.observe.history import Event, History, TrainCurve, of_stage
 from cvm_translator.observe.text import as_number, is_known, ordered_metrics, printable, short_metric_name
 
 if TYPE_CHECKING:
@@ -57,42 +59,54 @@ _STYLE = {
 }
 
 
+_lock = threading.Lock()
+Plot = TypeVar("Plot", bound=Callable[..., "bytes | None"])
+
+
+def _styled(plot: Plot) -> Plot:
+    """Draw under this module's style; one plot at a time, since matplotlib keeps its settings for the whole process."""
+
+    @functools.wraps(plot)
+    def styled(*args: Any, **kwargs: Any) -> bytes | None:
+        import matplotlib
+
+        with _lock, matplotlib.rc_context(_STYLE):
+            return plot(*args, **kwargs)
+
+    return styled  # type: ignore[return-value]
+
+
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.06, wspace=0.04)  # type: ignore[union-attr,call-arg]
     return figure, list(axes.flat)
 
 
 def _png(figure: Figure) -> bytes:
-    import matplotlib
-
     stream = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(stream, format="png", metadata={"Software": None})
+    figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
 
 
 def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """One legend for all panels, above them and so never over the data."""
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), handlelength=1.8, columnspacing=1.8)
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), handlelength=1.8, columnspacing=1.8)
 
 
-def _steps_axis(axes: Axes, last_step: float, label: bool = True) -> None:
+def _steps_axis(axes: Axes, last_step: float, label: bool = True, num_ticks: int = 8) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.set_xlim(0, max(1.0, last_step) * 1.015)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlim(0, max(1.0, last_step) * 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=num_ticks, integer=True))
+    thousands = last_step >= 2000
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1000:g}k" if thousands and value else f"{value:g}")
+    )
     if label:
         axes.set_xlabel("step")
 
@@ -117,7 +131,10 @@ def _thinned(*columns: Sequence[float]) -> list[Sequence[float]]:
     return [column[::stride] for column in columns]
 
 
-def plot_training(curve: TrainCurve | None, rollbacks: Sequence[Event] = (), quantised_from: int | None = None) -> bytes | None:
+@_styled
+def plot_training(
+    curve: TrainCurve | None, rollbacks: Sequence[Event] = (), quantised_from: int | None = None
+) -> bytes | None:
     """Loss and its two parts, accuracy and learning rate by step; rollbacks and the start of fake quantisation marked."""
     if curve is None or len(curve) < 2:
         return None
@@ -126,7 +143,11 @@ def plot_training(curve: TrainCurve | None, rollbacks: Sequence[Event] = (), qua
     last_step = max(curve.steps)
     figure, (losses, accuracy, rate) = _figure(3, 1, 8.6, 7.6)
     panels = [(losses, "loss", "Total", STUDENT), (losses, "distillation_loss", "Distillation", DISTILLATION)]
-    panels += [(losses, "task_loss", "Task", TASK), (accuracy, "accuracy", "", STUDENT), (rate, "learning_rate", "", STUDENT)]
+    panels += [
+        (losses, "task_loss", "Task", TASK),
+        (accuracy, "accuracy", "", STUDENT),
+        (rate, "learning_rate", "", STUDENT),
+    ]
     handles, labels = [], []
     width = max(5, int(len(rows) * SMOOTHING_SHARE))
     for axes, name, label, colour in panels:
@@ -134,6 +155,8 @@ def plot_training(curve: TrainCurve | None, rollbacks: Sequence[Event] = (), qua
         values = [column[row] for row in rows]
         if not any(math.isfinite(value) for value in values):
             continue
+        if name == "task_loss" and not any(math.isfinite(value) for value in curve.columns["distillation_loss"]):
+            continue  # the task loss alone: it is the total
         smoothing = 1 if name == "learning_rate" else width
         if gone:
             lost = [math.nan if curve.skipped[row] else column[row] for row in gone]
@@ -150,8 +173,8 @@ def plot_training(curve: TrainCurve | None, rollbacks: Sequence[Event] = (), qua
     losses.set_ylabel("nats")
     accuracy.set_title("Top-1 accuracy against the reference, reference prefix given")
     accuracy.set_ylabel("share of tokens")
-    rate.set_title("Learning rate")
-    rate.set_ylabel("per step")
+    rate.set_title("Schedule")
+    rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     for axes in (losses, accuracy, rate):
         _steps_axis(axes, last_step, label=axes is rate)
@@ -159,11 +182,12 @@ def plot_training(curve: TrainCurve | None, rollbacks: Sequence[Event] = (), qua
         if quantised_from and 0 < quantised_from < last_step:
             axes.axvline(quantised_from, color=MARK, linewidth=1.1, linestyle=(0, (1, 2)))
             if axes is losses:
-                _annotate(axes, quantised_from, "fake quantisation on", MARK, row=1)
+                _annotate(axes, quantised_from, "fake quantisation from here", MARK, row=1, limit=0.35)
     if gone:
         handles.append(_proxy(STUDENT, alpha=0.35, linestyle=(0, (2, 1.5))))
         labels.append("Thrown away by a rollback")
-    _legend(figure, handles, labels)
+    if len(labels) > 1:
+        _legend(figure, handles, labels)
     return _png(figure)
 
 
@@ -193,9 +217,9 @@ def _mark_rollbacks(axes: Axes, rollbacks: Sequence[Event], text: bool) -> None:
             _annotate(axes, start, f"rolled back to {back:,.0f}", BAD, row=0)
 
 
-def _annotate(axes: Axes, step: float, text: str, colour: str, row: int) -> None:
-    """A label beside a vertical line, at the top, on the side with room."""
-    right = step > 0.7 * axes.get_xlim()[1]
+def _annotate(axes: Axes, step: float, text: str, colour: str, row: int, limit: float = 0.7) -> None:
+    """A label beside a vertical line, at the top: on its right, or on its left beyond `limit` of the width."""
+    right = step > limit * axes.get_xlim()[1]
     axes.annotate(
         text,
         (step, 0.94 - 0.11 * row),
@@ -209,24 +233,25 @@ def _annotate(axes: Axes, step: float, text: str, colour: str, row: int) -> None
     )
 
 
+@_styled
 def plot_validation(history: History) -> bytes | None:
     """Every metric by step with the teacher's line, the best validation and what a rollback threw away."""
     kept = history.student_validations()
     if not kept:
         return None
-    gone = [v for v in history.discarded_validations if isinstance(v.get("step"), int)]
+    gone = [v for v in of_stage(history.discarded_validations, "distil") if isinstance(v.get("step"), int)]
     found = {name for v in kept for name, value in (v.get("scores") or {}).items() if is_known(value)}
     names = [name for name in ("quality_score", *ordered_metrics(found)) if name == "quality_score" or name in found]
     if not any(is_known(v.get("quality_score")) for v in kept):
         names.remove("quality_score")
-    columns = min(3, len(names))
+    columns = min((3, 4, 5), key=lambda n: (-len(names) % n, -n)) if len(names) > 3 else len(names)
     rows = math.ceil(len(names) / columns)
-    figure, panels = _figure(rows, columns, 9.6, 0.7 + 2.25 * rows)
-    best_step = _best_step(history)
+    figure, panels = _figure(rows, columns, 2.3 * max(columns, 3), 0.7 + 2.1 * rows)
+    best_step = history.best_step()
     last_step = max(v["step"] for v in kept + gone)
     for axes, name in zip(panels, names, strict=False):
         _plot_metric(axes, name, kept, gone, best_step)
-        _steps_axis(axes, last_step, label=axes in panels[len(names) - columns : len(names)])
+        _steps_axis(axes, last_step, label=axes in panels[len(names) - columns : len(names)], num_ticks=5)
     for axes in panels[len(names) :]:
         axes.remove()
     handles = [_proxy(STUDENT, marker="o", markersize=4), _proxy(TEACHER, linestyle=(0, (5, 2)))]
@@ -251,12 +276,18 @@ def _plot_metric(axes: Axes, name: str, kept: Sequence[Event], gone: Sequence[Ev
         axes.plot(*zip(*lost, strict=True), color=BAD, marker="x", markersize=6, linestyle="none", markeredgewidth=1.8)
     best = dict(points).get(best_step) if best_step is not None else None
     if best is not None and best_step is not None:
-        axes.plot([best_step], [best], color=STUDENT, marker="*", markersize=12, linestyle="none", zorder=5)
+        axes.plot(
+            [best_step], [best], color=STUDENT, marker="*", markersize=12, linestyle="none", zorder=5, clip_on=False
+        )
     teacher = 1.0 if name == "quality_score" else _teacher_score(kept, name)
     if math.isfinite(teacher):
         axes.axhline(teacher, color=TEACHER, linestyle=(0, (5, 2)), linewidth=1.4)
     axes.set_title(short_metric_name(name))
-    units = {"quality_score": "share of the teacher's", "exact_match": "% of sentences", "perplexity": "lower is better"}
+    units = {
+        "quality_score": "share of the teacher's",
+        "exact_match": "% of sentences",
+        "perplexity": "lower is better",
+    }
     units |= {"ter": "lower is better", "bertscore": "rescaled F1"}
     axes.set_ylabel(units.get(name, "score"))
     axes.margins(y=0.12)
@@ -271,48 +302,48 @@ def _teacher_score(validations: Sequence[Event], name: str) -> float:
     return next((value for value in known if math.isfinite(value)), math.nan)
 
 
-def _best_step(history: History) -> int | None:
-    steps = [v["best_step"] for v in history.verdicts if isinstance(v.get("best_step"), int)]
-    return steps[-1] if steps else None
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9, "annotation_clip": False}
 
 
-def plot_retention(retentions: Mapping[str, Mapping[str, Any]], threshold: float, gated: Sequence[str] = ()) -> bytes | None:
+@_styled
+def plot_retention(
+    retentions: Mapping[str, Mapping[str, Any]], threshold: float, gated: Sequence[str] = ()
+) -> bytes | None:
     """Share of the teacher's score that the student keeps, per metric, with its confidence interval and the gate."""
     names = [name for name in ordered_metrics(retentions) if is_known((retentions[name] or {}).get("value"))]
     if not names:
         return None
-    figure, (axes,) = _figure(1, 1, 8.2, 0.9 + 0.42 * len(names))
-    values = [100 * as_number(retentions[name]["value"]) for name in names]
-    lows = [100 * as_number(retentions[name].get("low")) for name in names]
-    highs = [100 * as_number(retentions[name].get("high")) for name in names]
-    places = range(len(names))
-    failed = [name in gated and value < 100 * threshold for name, value in zip(names, values, strict=True)]
-    colours = [BAD if bad else STUDENT if name in gated else "#8fb0f5" for name, bad in zip(names, failed, strict=True)]
-    axes.barh(places, values, height=0.62, color=colours)
-    for place, value, low, high in zip(places, values, lows, highs, strict=True):
-        edge = value
-        if math.isfinite(low) and math.isfinite(high):
-            error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            axes.errorbar(value, place, xerr=error, color=INK, capsize=3, linewidth=1.3)
-            edge = max(value, high)
-        axes.annotate(f"{value:.1f} %", (edge, place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)
+    figure, (axes,) = _figure(1, 1, 8.6, 1.0 + 0.36 * len(names))
     axes.axvline(100 * threshold, color=BAD, linewidth=1.3, linestyle=(0, (4, 2)))
-    axes.axvline(100, color=TEACHER, linewidth=1.1)
-    top = ("data", "axes fraction")
+    axes.axvline(100, color=TEACHER, linewidth=1.3)
+    edges = [100.0, 100 * threshold]
+    for place, name in enumerate(names):
+        value, low, high = (100 * as_number(retentions[name].get(key)) for key in ("value", "low", "high"))
+        text, colour = f"{value:.1f} %", STUDENT if name in gated else "#8fb0f5"
+        if name in gated and value < 100 * threshold:
+            colour = BAD
+        if math.isfinite(low) and math.isfinite(high):
+            axes.plot([low, high], [place, place], color=colour, linewidth=3.2, alpha=0.55, solid_capstyle="butt")
+            text += f"  [{low:.1f}, {high:.1f}]"
+            edges += [low, high]
+        axes.plot([value], [place], color=colour, marker="o", markersize=8, linestyle="none")
+        axes.annotate(text, (1.0, place), xycoords=("axes fraction", "data"), xytext=(8, 0), **_BESIDE)
+        edges.append(value)
+    room = 0.06 * (max(edges) - min(edges))
+    axes.set_xlim(min(edges) - room, max(edges) + room)
     for at, text, colour in ((100 * threshold, f"gate {100 * threshold:.0f} %", BAD), (100.0, "teacher", TEACHER)):
-        side = {"ha": "right", "xytext": (-3, 3)} if at < 100 else {"ha": "left", "xytext": (3, 3)}
-        axes.annotate(text, (at, 1.0), xycoords=top, textcoords="offset points", color=colour, fontsize=8.5, **side)
-    names_shown = [short_metric_name(name) + (" *" if name in gated else "") for name in names]
-    axes.set_yticks(list(places), names_shown)
+        axes.annotate(
+            text, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
+            color=colour, fontsize=8.5, ha="center",
+        )  # fmt: skip
+    axes.set_yticks(range(len(names)), [short_metric_name(name) + (" *" if name in gated else "") for name in names])
     axes.tick_params(axis="y", labelcolor=INK, length=0)
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
-    known = [low for low in lows if math.isfinite(low)] + values
-    axes.set_xlim(min(0.0, *known) if min(known) < 50 else 50, max([100.0, *values, *[h for h in highs if math.isfinite(h)]]) * 1.08)
-    axes.set_xlabel("% of the teacher's score on the test set, with confidence interval" + ("   (* gated)" if gated else ""))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("% of the teacher's score on the test set" + ("   (* judged by the gate)" if gated else ""))
     return _png(figure)
 
 
+@_styled
 def plot_errors(validations: Sequence[Event], ignored: Sequence[str] = ("sentences", "num_sentences")) -> bytes | None:
     """Degenerate outputs by category over the validations: one small panel each, so that rare ones show too."""
     counts = [(v["step"], v.get("probes") or {}) for v in validations]
@@ -332,8 +363,7 @@ def plot_errors(validations: Sequence[Event], ignored: Sequence[str] = ("sentenc
         axes.set_title(printable(name).replace("_", " "))
         axes.set_ylim(0, max(1.0, max(values) * 1.2))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=max(values) > 1 or max(values) == 0))
-        _steps_axis(axes, max(step for step, _ in counts), label=index >= len(names) - columns)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+        _steps_axis(axes, max(step for step, _ in counts), label=index >= len(names) - columns, num_ticks=5)
         if index % columns == 0:
             axes.set_ylabel("sentences")
     for axes in panels[len(names) :]:
@@ -341,6 +371,7 @@ def plot_errors(validations: Sequence[Event], ignored: Sequence[str] = ("sentenc
     return _png(figure)
 
 
+@_styled
 def plot_sizes(models: Mapping[str, Mapping[str, Any]]) -> bytes | None:
     """Parameters, bytes, memory and speed of the teacher and both students."""
     present = [name for name in MODELS if models.get(name)]
@@ -362,7 +393,9 @@ def plot_sizes(models: Mapping[str, Mapping[str, Any]]) -> bytes | None:
         axes.bar(range(len(present)), heights, width=0.66, color=[MODELS[name][1] for name in present])
         for place, value in enumerate(values):
             text = "–" if not math.isfinite(value) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-            axes.annotate(text, (place, heights[place]), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(
+                text, (place, heights[place]), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9
+            )
         axes.set_title(f"{title} ({unit})")
         axes.set_xticks([])
         axes.set_yticks([])

@@ -15,7 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from cvm_translator.errors import EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_OK
-from cvm_translator.observe.history import STEP_STAGES, Event, History, read_history
+from cvm_translator.observe.history import STEP_STAGES, Event, History, of_stage, read_history
 from cvm_translator.observe.text import (
     as_number,
     format_bytes,
@@ -69,6 +69,7 @@ def summarise(
     times. Keys that nothing is known about hold None.
     """
     state = find_state(history, holder)
+    shown = "teacher" if history.stage == "teacher" else "distil"
     started = history.run_started or {}
     progress = history.progress or {}
     checkpoint = history.checkpoints[-1] if history.checkpoints else None
@@ -92,9 +93,11 @@ def summarise(
         "executed_steps": history.executed_steps,
         "losses": _losses(history),
         "validation": _validation(history),
-        "verdict": _verdict(history),
-        "best_step": _best_step(history),
-        "rollbacks": [_fields(r, "from_step", "to_step", "reason", "rollback_number") for r in history.rollbacks],
+        "verdict": _verdict(of_stage(history.verdicts, shown)),
+        "best_step": history.best_step(shown),
+        "rollbacks": [
+            _fields(r, "from_step", "to_step", "reason", "rollback_number") for r in of_stage(history.rollbacks, shown)
+        ],
         "checkpoint": _checkpoint(checkpoint, now),
         "steps_per_second": progress.get("steps_per_second") or (1 / step_seconds if step_seconds else None),
         "tokens_per_second": progress.get("tokens_per_second"),
@@ -157,7 +160,9 @@ def _validation_allowance(layout: RunLayout, history: History) -> float:
     import yaml
 
     try:
-        config = yaml.load(layout.config.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        config = yaml.load(
+            layout.config.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
         section = config["teacher"]["training"] if history.stage == "teacher" else config["validation"]
         every = int(section["validate_every_steps" if history.stage == "teacher" else "every_steps"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
@@ -203,19 +208,13 @@ def _validation(history: History) -> dict[str, Any] | None:
     )
 
 
-def _verdict(history: History) -> dict[str, Any] | None:
-    if not history.verdicts:
+def _verdict(verdicts: list[Event]) -> dict[str, Any] | None:
+    if not verdicts:
         return None
     return _fields(
-        history.verdicts[-1],
+        verdicts[-1],
         *("step", "attempt", "verdict", "drop", "drop_lower_bound", "margin", "best_step", "reason", "action"),
     )
-
-
-def _best_step(history: History) -> int | None:
-    steps = [v["best_step"] for v in history.verdicts if isinstance(v.get("best_step"), int)]
-    steps = steps or [c["step"] for c in history.checkpoints if c.get("is_best") and isinstance(c.get("step"), int)]
-    return steps[-1] if steps else None
 
 
 def _checkpoint(event: Event | None, now: float) -> dict[str, Any] | None:
@@ -281,7 +280,10 @@ def _status_lines(status: Mapping[str, Any]) -> list[tuple[str, str]]:
             "checkpoint",
             f"step {checkpoint['step']}, {format_seconds(checkpoint['age_seconds'])} ago" if checkpoint else "",
         ),
-        ("warnings", f"{status['num_warnings']}, last: {status['last_warning']['message']}" if status["last_warning"] else ""),
+        (
+            "warnings",
+            f"{status['num_warnings']}, last: {status['last_warning']['message']}" if status["last_warning"] else "",
+        ),
     ]
 
 

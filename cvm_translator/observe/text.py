@@ -18,7 +18,7 @@ NOT_MEASURED = "not measured"
 # Joiners that Persian, Indic scripts and emoji need; they cannot reorder text.
 _HARMLESS_FORMAT = {"\u200c", "\u200d"}
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$!])")
-_MARKDOWN_LEADING = re.compile(r"^(?:([-+=#:])|(\d+)([.)]))")
+_MARKDOWN_LEADING = re.compile(r"^(?:([-+=#:])(?=\1|\s|$)|(\d+)([.)])(?=\s|$))")
 _MARKDOWN_COLON = re.compile(r":(?=//|\w+:)")
 
 METRIC_NAMES = {

@@ -15,7 +15,15 @@ import yaml
 
 START = datetime(2026, 3, 1, 8, 0, tzinfo=UTC)
 HASH = "5d41402abc4b2a76b9719d911017c592ae9f0e1d2c3b4a5968778695a4b3c2d1"
-PROBES = ("empty", "repetition", "copied_source", "length_ratio", "wrong_numbers", "lost_placeholders", "wrong_language")
+PROBES = (
+    "empty",
+    "repetition",
+    "copied_source",
+    "length_ratio",
+    "wrong_numbers",
+    "lost_placeholders",
+    "wrong_language",
+)
 TEACHER = {"bleu": 34.6, "chrf": 56.9, "ter": 52.1, "rouge1": 61.0, "rouge2": 41.2, "rougeL": 58.8, "bertscore": 0.71}
 TEACHER |= {"exact_match": 21.4, "perplexity": 9.8}
 
@@ -39,7 +47,9 @@ class EventsFile:
         self.lines = []
 
 
-def _train(events: EventsFile, stage: str, step: int, total: int, attempt: int, executed: int, noise: random.Random) -> None:
+def _train(
+    events: EventsFile, stage: str, step: int, total: int, attempt: int, executed: int, noise: random.Random
+) -> None:
     warmup = total // 10
     rate = min(step / warmup, (total - step) / (total - warmup)) * (5e-4 if stage == "distil" else 1e-3)
     task = 2.1 + 6.5 * math.exp(-9 * step / total) + noise.gauss(0, 0.16)
@@ -59,9 +69,13 @@ def _quality(step: int, total: int) -> float:
     return 0.965 * (1 - math.exp(-5.2 * step / total))
 
 
-def _validate(events: EventsFile, step: int, total: int, attempt: int, noise: random.Random, worse: float = 0.0) -> float:
+def _validate(
+    events: EventsFile, step: int, total: int, attempt: int, noise: random.Random, worse: float = 0.0
+) -> float:
     quality = _quality(step, total) * (1 - worse) + noise.gauss(0, 0.004)
-    scores = {name: value * (2 - quality if name in ("ter", "perplexity") else quality) for name, value in TEACHER.items()}
+    scores = {
+        name: value * (2 - quality if name in ("ter", "perplexity") else quality) for name, value in TEACHER.items()
+    }
     counts = {name: int(40 / (1 + 4 * step / total) * (1 + 9 * worse) + noise.randint(0, 6)) for name in PROBES}
     retentions = {name: quality + noise.gauss(0, 0.004) for name in ("bleu", "chrf", "ter", "bertscore", "rougeL")}
     events.write(
@@ -76,16 +90,16 @@ def write_events(root: Path, *, total: int = 1000, until: str = "run_finished", 
     noise = random.Random(7)
     events = EventsFile(root / "logs" / "events.jsonl")
     stages = ["corpus", "tokenizer", "teacher", "distil", "quantise", "gate", "report"]
-    events.write(
-        "run_started", run_id="r-20260301", pid=4242, num_iterations=total, stages=stages, config_sha256=HASH
-    )
+    events.write("run_started", run_id="r-20260301", pid=4242, num_iterations=total, stages=stages, config_sha256=HASH)
     for stage in stages[:2]:
         events.write("stage_started", stage=stage)
         events.write("stage_finished", stage=stage, seconds=41.0, skipped=False, summary={})
     events.write("stage_started", stage="teacher")
     for step in range(1, total // 2 + 1):
         _train(events, "teacher", step, total // 2, 1, step, noise)
-    events.write("validation", step=total // 2, stage="teacher", scores=TEACHER, quality_score=None, retentions={}, probes={})
+    events.write(
+        "validation", step=total // 2, stage="teacher", scores=TEACHER, quality_score=None, retentions={}, probes={}
+    )
     events.write("stage_finished", stage="teacher", seconds=total * 0.2, skipped=False, summary={})
     events.write("stage_started", stage="distil")
     _distil(events, total, rollback, noise)
@@ -94,7 +108,15 @@ def write_events(root: Path, *, total: int = 1000, until: str = "run_finished", 
         return events
     for stage in stages[3:]:
         events.write("stage_finished", stage=stage, seconds=12.0, skipped=False, summary={})
-    fields = {"run_finished": {"exit_code": 0, "gate_passed": True, "halted": False, "executed_steps": 1100, "seconds": 5210.0}}
+    fields = {
+        "run_finished": {
+            "exit_code": 0,
+            "gate_passed": True,
+            "halted": False,
+            "executed_steps": 1100,
+            "seconds": 5210.0,
+        }
+    }
     fields |= {"failed": {"message": "corpus.train: no such file"}, "stopped": {"signal": 15}}
     events.write(until, step=total, **fields[until])
     events.close()
@@ -141,9 +163,14 @@ def _interval(value: float, spread: float) -> dict[str, float]:
 
 
 def _scored(factor: float) -> dict[str, Any]:
-    scores = {k: _interval(v * (2 - factor if k in ("ter", "perplexity") else factor), v * 0.03) for k, v in TEACHER.items()}
+    scores = {
+        k: _interval(v * (2 - factor if k in ("ter", "perplexity") else factor), v * 0.03) for k, v in TEACHER.items()
+    }
     names = ("quality_score", "bleu", "chrf", "ter", "bertscore", "rouge1", "rouge2", "rougeL")
-    return {"scores": scores, "retentions": {name: _interval(factor + 0.004 * i, 0.014) for i, name in enumerate(names)}}
+    return {
+        "scores": scores,
+        "retentions": {name: _interval(factor + 0.004 * i, 0.014) for i, name in enumerate(names)},
+    }
 
 
 def final_report(total: int = 1000) -> dict[str, Any]:
@@ -185,8 +212,14 @@ CONFIG = {
     "guard": {"enabled": True, "quality_threshold": 0.9, "degradation_threshold": 0.05},
     "quantization": {"method": "qat", "bits": 8, "start_fraction": 0.66},
 }
-FILTERS = {"read": 61234, "kept": 38120, "dropped": {"empty": 112, "identical": 8120, "too long": 410, "near duplicate": 14472}}
-MANIFEST = {"files": {f"{name}.tsv": {"sha256": HASH, "num_pairs": 2000} for name in ("train", "validation", "test", "unseen")}}
+FILTERS = {
+    "read": 61234,
+    "kept": 38120,
+    "dropped": {"empty": 112, "identical": 8120, "too long": 410, "near duplicate": 14472},
+}
+MANIFEST = {
+    "files": {f"{name}.tsv": {"sha256": HASH, "num_pairs": 2000} for name in ("train", "validation", "test", "unseen")}
+}
 ENVIRONMENT = {"python": "3.11.9", "torch": "2.13.0", "platform": "Linux x86_64", "num_threads": 2, "device": "cpu"}
 
 
