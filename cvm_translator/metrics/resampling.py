@@ -1,7 +1,7 @@
 """The bootstrap over sentences (Efron 1979; for paired systems Koehn 2004), by weighted sums of stored statistics.
 
-Guarantees: `num_draws` resampled corpora are one (draws, N) matrix of counts made from a seed. The same matrix applied to
-several systems' statistics pairs the comparison: each draw holds the same sentences for all of them.
+Guarantees: `num_draws` resampled corpora are one (draws, N) matrix of counts made from a seed. The same matrix applied
+to several systems' statistics pairs the comparison: each draw holds the same sentences for all of them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PairedComparison:
 
 
 def paired_p_value(difference: float, draws: FloatArray) -> float:
-    """Two-sided p-value of a difference: how often the centred draws stray at least as far (with add-one correction)."""
+    """Two-sided p-value of a difference: how often the centred draws stray at least as far (add-one corrected)."""
     strays = np.abs(draws - draws.mean()) >= abs(difference) - 1e-12
     return float((strays.sum() + 1) / (len(draws) + 1))
 

@@ -2,7 +2,8 @@
 
 Guarantees: the per-sentence counts come from sacreBLEU's own metric objects, and the corpus scores computed here from
 their sums equal sacreBLEU's `corpus_score` with one reference (BLEU: tokeniser 13a or the target language's own,
-exponential smoothing; chrF: 6 character orders, beta 2; TER: tercom, lower-cased). Scores are on 0..100; TER may exceed 100.
+exponential smoothing; chrF: 6 character orders, beta 2; TER: tercom, lower-cased). Scores are on 0..100; TER may exceed
+100.
 """
 
 from __future__ import annotations

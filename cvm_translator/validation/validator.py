@@ -1,0 +1,238 @@
+"""One validation, from decoding to the files in `validation/`: translate, score, compare, judge, write.
+
+Guarantees: the teacher is decoded once and reused for the same teacher and set; the set's SHA-256 stands in every
+record; a resumed process reads statistics instead of scoring again. Records are whole or absent (see `files`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cvm_translator.errors import CorpusError
+from cvm_translator.metrics.resampling import confidence_interval, paired_p_value
+from cvm_translator.runs.atomic import write_text
+from cvm_translator.validation.analysis import analyse_errors
+from cvm_translator.validation.config import ValidationConfig
+from cvm_translator.validation.detector import QualityDegradationDetector
+from cvm_translator.validation.evaluator import (
+    QualityMeasurement,
+    TranslationQualityEvaluator,
+    compute_set_sha256,
+)
+from cvm_translator.validation.files import ValidationFiles, read_hypotheses, validation_stem
+from cvm_translator.validation.quality import build_quality_scale
+from cvm_translator.validation.report import format_best_report
+from cvm_translator.validation.result import ValidationResult
+
+Translate = Callable[[list[str]], list[str]]
+TEACHER = "teacher"
+
+
+class DistillationValidator:
+    """Validates one model on one frozen set.
+
+    Call `score_teacher` first where there is a teacher; without it (while the teacher itself is trained) Q is the
+    weighted mean of the model's own values. `count_tokens` turns texts into a token count for the decoding speed. An
+    `evaluator` may be shared between validators, since it holds the encoder.
+    """
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        directory: Path,
+        sources: Sequence[str],
+        references: Sequence[str],
+        evaluator: TranslationQualityEvaluator | None = None,
+        count_tokens: Callable[[list[str]], int] | None = None,
+    ) -> None:
+        if not sources or len(sources) != len(references):
+            raise CorpusError(
+                f"the validation set has {len(sources)} sources and {len(references)} references: it needs as many of "
+                "one as of the other, and at least one pair"
+            )
+        self.config = config
+        self.sources = list(sources)
+        self.references = list(references)
+        self.set_sha256 = compute_set_sha256(sources, references)
+        self.files = ValidationFiles(directory)
+        self.evaluator = evaluator or TranslationQualityEvaluator(config)
+        self.metrics = {metric.name: metric for metric in self.evaluator.metrics}
+        self.count_tokens = count_tokens
+        self.teacher: QualityMeasurement | None = None
+        self.teacher_hypotheses: list[str] | None = None
+        self.detector = self._build_detector()
+        self._previous_at: tuple[int, int] | None = None
+        self._previous: QualityMeasurement | None = None
+        self._previous_counts: dict[str, int] | None = None
+
+    # ------------------------------------------------------------------------------------------------ teacher
+
+    def score_teacher(self, translate: Translate, teacher_sha256: str) -> dict[str, Any]:
+        """Decode and score the teacher, or reuse what is on disk for this teacher, set and beam size.
+
+        Returns the record kept in teacher.json. A metric that fails here is an error: there is nothing to compare with.
+        """
+        key = {
+            "teacher_sha256": teacher_sha256,
+            "set_sha256": self.set_sha256,
+            "beam_size": self.config.settings.beam_size,
+            "signatures": self.evaluator.signatures,
+        }
+        record = self.files.read_json(TEACHER)
+        if record is not None and all(record.get(name) == value for name, value in key.items()):
+            measurement = self.files.read_measurement(TEACHER)
+            hypotheses = read_hypotheses(self.files.hypotheses_path(TEACHER))
+        else:
+            hypotheses, measurement, timing = self._measure(translate)
+            if measurement.failures:
+                name, reason = next(iter(measurement.failures.items()))
+                raise CorpusError(f"validation metric {name} cannot be computed on the teacher's output: {reason}")
+            record = {**key, **self._describe(measurement), **timing}
+            self.files.write(TEACHER, record, hypotheses, measurement)
+        self.teacher, self.teacher_hypotheses = measurement, hypotheses
+        self.detector = self._build_detector()
+        return record
+
+    # --------------------------------------------------------------------------------------------- validation
+
+    def validate(
+        self, step: int, attempt: int, translate: Translate, extra: Mapping[str, Any] | None = None
+    ) -> ValidationResult:
+        """Decode the set, score it, compare it with previous, best and teacher, judge it, and write the record."""
+        hypotheses, measurement, timing = self._measure(translate)
+        comparisons = self._compare(measurement)
+        verdict = self.detector.judge(measurement, step, attempt)
+        analysis = analyse_errors(
+            self.metrics, measurement, self.sources, hypotheses, self.references,
+            self.teacher, self.teacher_hypotheses, self._previous_counts,
+        )  # fmt: skip
+        described = self._describe(measurement)
+        result = ValidationResult(
+            step=step,
+            attempt=attempt,
+            teacher_scores=dict(self.teacher.scores) if self.teacher else {},
+            retentions=self.detector.scale.retentions(measurement.scores),
+            quality_score=verdict.quality_score,
+            verdict=verdict,
+            comparisons=comparisons,
+            error_analysis=analysis,
+            extra=dict(extra or {}),
+            measurement=measurement,
+            **described,
+            **timing,
+        )
+        self.files.write(validation_stem(step, attempt), result.to_json(), hypotheses, measurement)
+        self._remember(measurement, step, attempt, analysis["error_counts"])
+        return result
+
+    def write_best_report(self, result: ValidationResult) -> Path:
+        """Write best_model_validation_report.txt about this result."""
+        write_text(self.files.report_path, format_best_report(result, self.detector))
+        return self.files.report_path
+
+    # -------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data; the arrays are read again from the validation files."""
+        return {
+            "set_sha256": self.set_sha256,
+            "previous_at": list(self._previous_at) if self._previous_at else None,
+            "detector": self.detector.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore after `score_teacher`; RunFolderError when a validation that is still needed is gone."""
+        self.detector.load_state_dict(state["detector"], self._load_measurement)
+        self._previous_at, self._previous, self._previous_counts = None, None, None
+        if state["previous_at"] is not None:
+            step, attempt = (int(number) for number in state["previous_at"])
+            record = self.files.read_json(validation_stem(step, attempt)) or {}
+            counts = record.get("error_analysis", {}).get("error_counts", {})
+            self._remember(self._load_measurement(step, attempt), step, attempt, counts)
+
+    # ---------------------------------------------------------------------------------------------- internals
+
+    def _build_detector(self) -> QualityDegradationDetector:
+        teacher_scores = self.teacher.scores if self.teacher else None
+        scale = build_quality_scale(self.evaluator.metrics, self.config.settings.weights, teacher_scores)
+        return QualityDegradationDetector(self.config, scale, self.set_sha256, len(self.references), self.teacher)
+
+    def _load_measurement(self, step: int, attempt: int) -> QualityMeasurement:
+        return self.files.read_measurement(validation_stem(step, attempt))
+
+    def _remember(self, measurement: QualityMeasurement, step: int, attempt: int, counts: Mapping[str, int]) -> None:
+        self._previous, self._previous_at, self._previous_counts = measurement, (step, attempt), dict(counts)
+
+    def _measure(self, translate: Translate) -> tuple[list[str], QualityMeasurement, dict[str, Any]]:
+        """Hypotheses, their measurement, and how long both took."""
+        began = time.perf_counter()
+        hypotheses = translate(self.sources)
+        decoded = time.perf_counter()
+        if len(hypotheses) != len(self.sources):
+            raise ValueError(f"{len(self.sources)} sources were translated into {len(hypotheses)} hypotheses")
+        measurement = self.evaluator.evaluate(self.sources, hypotheses, self.references)
+        decode_seconds = decoded - began
+        num_tokens = self.count_tokens(hypotheses) if self.count_tokens else None
+        timing = {
+            "decode_seconds": decode_seconds,
+            "score_seconds": time.perf_counter() - decoded,
+            "decode_tokens_per_second": num_tokens / decode_seconds if num_tokens is not None else None,
+        }
+        return hypotheses, measurement, timing
+
+    def _describe(self, measurement: QualityMeasurement) -> dict[str, Any]:
+        """The plain-data part of a measurement, with 95 % intervals of the scores."""
+        return {
+            "set_sha256": measurement.set_sha256,
+            "num_sentences": measurement.num_sentences,
+            "scores": measurement.scores,
+            "intervals": {
+                name: confidence_interval(draws) for name, draws in self.detector.draw_scores(measurement).items()
+            },
+            "signatures": measurement.signatures,
+            "probes": measurement.probe_counts,
+            "failures": measurement.failures,
+            "length_ratio": measurement.length_ratio,
+        }
+
+    def _compare(self, measurement: QualityMeasurement) -> dict[str, dict[str, Any]]:
+        """Paired comparisons with previous, best and teacher, for each that was measured on the same set."""
+        best_at = self.detector.best_at
+        others: dict[str, tuple[QualityMeasurement | None, tuple[int, int] | None]] = {
+            "previous": (self._previous, self._previous_at),
+            "best": (self.detector.best, best_at),
+            "teacher": (self.teacher, None),
+        }
+        comparisons: dict[str, dict[str, Any]] = {}
+        for label, (other, at) in others.items():
+            if other is None or other.set_sha256 != measurement.set_sha256:
+                continue
+            comparisons[label] = {
+                "step": at[0] if at else None,
+                "attempt": at[1] if at else None,
+                "metrics": compare_scores(measurement, other, self.detector),
+            }
+        return comparisons
+
+
+def compare_scores(
+    new: QualityMeasurement, other: QualityMeasurement, detector: QualityDegradationDetector
+) -> dict[str, dict[str, Any]]:
+    """Paired bootstrap of each metric both have: new minus other, on the metric's own scale."""
+    draws_new, draws_other = detector.draw_scores(new), detector.draw_scores(other)
+    compared = {}
+    for name in new.scores:
+        if name in other.scores:
+            difference = new.scores[name] - other.scores[name]
+            draws = draws_new[name] - draws_other[name]
+            compared[name] = {
+                "score": new.scores[name],
+                "other_score": other.scores[name],
+                "difference": difference,
+                "interval": confidence_interval(draws),
+                "p_value": paired_p_value(difference, draws),
+            }
+    return compared
