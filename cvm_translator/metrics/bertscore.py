@@ -121,7 +121,7 @@ class BertScore(MeanMetric):
         texts = {text for pair in pairs for text in pair}
         vectors = self._encode([text for text in texts if text not in self._reference_vectors])
         vectors.update({text: self._reference_vectors[text] for text in texts if text in self._reference_vectors})
-        pairs = sorted(pairs, key=lambda pair: (len(vectors[pair[0]]), len(vectors[pair[1]]), pair))
+        pairs = sorted(pairs, key=lambda pair: (len(vectors[pair[0]][0]), len(vectors[pair[1]][0]), pair))
         for start in range(0, len(pairs), self._batch_size):
             batch = pairs[start : start + self._batch_size]
             hypothesis = self._pad([vectors[hypothesis] for hypothesis, _ in batch])
@@ -130,32 +130,41 @@ class BertScore(MeanMetric):
             for pair, value in zip(batch, f1.tolist(), strict=True):
                 self._f1[pair] = round(value, F1_DECIMALS)
 
-    def _pad(self, vectors: list[Any]) -> tuple[Any, Any, Any]:
-        """Vectors of a batch (B, L, D), their mask (B, L), and equal weights (B, L), which the library normalises."""
+    def _pad(self, encoded: list[tuple[Any, Any]]) -> tuple[Any, Any, Any]:
+        """Vectors of a batch (B, L, D), their mask (B, L) and weights (B, L), as the library's matching takes them."""
         torch = self._torch
-        padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True, padding_value=2.0)
-        lengths = torch.tensor([len(vector) for vector in vectors], device=padded.device)
-        mask = torch.arange(padded.shape[1], device=padded.device)[None, :] < lengths[:, None]
-        return padded, mask, mask.float()
+        pad_sequence = torch.nn.utils.rnn.pad_sequence
+        vectors = pad_sequence([vector for vector, _ in encoded], batch_first=True, padding_value=2.0)
+        weights = pad_sequence([weight for _, weight in encoded], batch_first=True)
+        lengths = torch.tensor([len(vector) for vector, _ in encoded], device=vectors.device)
+        mask = torch.arange(vectors.shape[1], device=vectors.device)[None, :] < lengths[:, None]
+        return vectors, mask, weights
 
     def _encode(self, texts: list[str]) -> dict[str, Any]:
-        """The encoder's vectors (L, D) of each text, special tokens included as the library does."""
+        """Of each text the encoder's vectors (L, D) and the tokens' weights (L,): as in the library, the special tokens
+        can be matched with, but weigh 0."""
         torch = self._torch
-        texts = sorted(set(texts), key=lambda text: (len(text), text))
+        texts = sorted(set(texts))
         limit = min(self._tokenizer.model_max_length, getattr(self._encoder.config, "max_position_embeddings", 512))
+        stripped = [text.strip() for text in texts]
+        token_ids = self._tokenizer(stripped, truncation=True, max_length=limit)["input_ids"] if texts else []
+        order = sorted(range(len(texts)), key=lambda index: len(token_ids[index]))
+        marks = (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id)
+        special = torch.tensor([mark for mark in marks if mark is not None], dtype=torch.long, device=self._device)
         vectors: dict[str, Any] = {}
-        for start in range(0, len(texts), self._batch_size):
-            batch = texts[start : start + self._batch_size]
-            encoded = self._tokenizer(
-                [text.strip() for text in batch], padding=True, truncation=True, max_length=limit, return_tensors="pt"
-            ).to(self._device)
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            rows = {"input_ids": [token_ids[index] for index in batch]}
+            encoded = self._tokenizer.pad(rows, return_tensors="pt").to(self._device)
             with torch.inference_mode():
                 if self._is_last:
                     hidden = self._encoder(**encoded).last_hidden_state  # (B, L, D)
                 else:
                     hidden = self._encoder(**encoded, output_hidden_states=True).hidden_states[self._layer]
-            for text, row, mask in zip(batch, hidden, encoded["attention_mask"], strict=True):
-                vectors[text] = row[mask.bool()].clone()
+            weights = (~torch.isin(encoded["input_ids"], special)).float()
+            for position, index in enumerate(batch):
+                mask = encoded["attention_mask"][position].bool()
+                vectors[texts[index]] = (hidden[position][mask], weights[position][mask])
         return vectors
 
 
