@@ -37,7 +37,7 @@ class LossParts(NamedTuple):
     task: Tensor
     """Cross-entropy, without its weight."""
     num_correct: Tensor
-    """Tokens whose most likely prediction is the target (int64)."""
+    """Tokens to which nothing is preferred over the target (int64; ties count, which bfloat16 logits have)."""
 
 
 def compute_logits(hidden: Tensor, matrix: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class _TaskAndDistillation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, teacher_logits: Tensor | None, settings: DistillationLoss
+        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, tempered_teacher: Tensor | None, settings: DistillationLoss
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.types = hidden.dtype, matrix.dtype
         hidden, matrix = _to_product_type(hidden), _to_product_type(matrix)
@@ -73,7 +73,7 @@ class _TaskAndDistillation(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             parts = [
                 settings.write_gradient(
-                    logits[rows], targets[rows], None if teacher_logits is None else teacher_logits[rows]
+                    logits[rows], targets[rows], None if tempered_teacher is None else tempered_teacher[rows]
                 )
                 for rows in _slices(logits.shape[0], _block_rows(logits))
             ]
@@ -127,7 +127,7 @@ class DistillationLoss:
     ) -> LossParts:
         """Student hidden (N, D) and matrix (V, D), targets (N,) ids, teacher hidden (N, D') and matrix (V, D')."""
         _check_shapes(student_hidden, student_matrix, targets)
-        teacher_logits = None
+        tempered_teacher = None
         if self.needs_teacher:
             if teacher_hidden is None or teacher_matrix is None:
                 raise ValueError(f"alpha is {self.alpha}: the distillation term needs the teacher's hidden states and matrix")
@@ -137,42 +137,59 @@ class DistillationLoss:
                     f"the teacher's vocabulary has {teacher_matrix.shape[0]} entries, the student's {student_matrix.shape[0]}"
                 )
             with torch.no_grad():
-                teacher_logits = compute_logits(teacher_hidden, teacher_matrix)
-        parts = _TaskAndDistillation.apply(student_hidden, student_matrix, targets, teacher_logits, self)
+                tempered_teacher = compute_logits(teacher_hidden / self.temperature, teacher_matrix)
+        parts = _TaskAndDistillation.apply(student_hidden, student_matrix, targets, tempered_teacher, self)
         total, distillation, task, num_correct = parts
         return LossParts(total / num_tokens, distillation / num_tokens, task / num_tokens, num_correct)
 
-    def write_gradient(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums (T²·KL, CE, correct) over the rows, and the gradient of the weighted sum written over `logits`."""
+    def write_gradient(self, logits: Tensor, targets: Tensor, tempered_teacher: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums (T²·KL, CE, correct) over the rows, and the gradient of the weighted sum written over `logits`.
+
+        `tempered_teacher` is the teacher's logits divided by the temperature.
+        """
         student = _wide(logits)
-        log_probs = student.log_softmax(-1)
-        target_log_probs = log_probs.gather(1, targets[:, None])
-        num_correct = (student.argmax(-1) == targets).sum()
+        target_logits, best_logits = student.gather(1, targets[:, None]), student.amax(-1, keepdim=True)
+        num_correct = (target_logits >= best_logits).sum()
+        probs = student.softmax(-1)
+        log_sum = _log_sum_exp(best_logits, probs)
         smoothing, num_classes = self.label_smoothing, logits.shape[1]
-        task = -(1.0 - smoothing) * target_log_probs.sum()
+        task = log_sum.sum() - (1.0 - smoothing) * target_logits.sum()
         if smoothing:
-            task = task - smoothing / num_classes * log_probs.sum()
+            task = task - smoothing / num_classes * student.sum()
         distillation = task.new_zeros(())
         gradient = None
-        if teacher_logits is not None:
-            distillation, gradient = self._distil(student, log_probs, _wide(teacher_logits))
+        if tempered_teacher is not None:
+            distillation, gradient = self._distil(student, probs, log_sum, _wide(tempered_teacher))
         if self.beta:
-            probs = log_probs.exp_()
             if smoothing:
                 probs.sub_(smoothing / num_classes)
-            probs.scatter_add_(1, targets[:, None], torch.full_like(target_log_probs, smoothing - 1.0))
+            probs.scatter_add_(1, targets[:, None], torch.full_like(target_logits, smoothing - 1.0))
             gradient = probs.mul_(self.beta) if gradient is None else gradient.add_(probs, alpha=self.beta)
         logits.copy_(gradient) if gradient is not None else logits.zero_()
         return distillation, task, num_correct
 
-    def _distil(self, student: Tensor, log_probs: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """T² · KL summed over the rows and alpha · T · (p_student − p_teacher), both at the temperature."""
-        tempered = log_probs if self.temperature == 1.0 else (student / self.temperature).log_softmax(-1)
-        teacher_log_probs = (teacher / self.temperature).log_softmax(-1)
-        teacher_probs = teacher_log_probs.exp()
-        divergence = torch.dot(teacher_probs.flatten(), teacher_log_probs.sub_(tempered).flatten())
-        gradient = tempered.exp().sub_(teacher_probs).mul_(self.alpha * self.temperature)
+    def _distil(self, student: Tensor, probs: Tensor, log_sum: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """T² · KL summed over the rows and alpha · T · (p_student − p_teacher), both at the temperature.
+
+        KL = Σ p_teacher (z_teacher − z_student) − log Σ exp z_teacher + log Σ exp z_student, z the tempered logits.
+        """
+        if self.temperature == 1.0:
+            tempered, tempered_probs = student, probs.clone() if self.beta else probs
+        else:
+            tempered = student / self.temperature
+            tempered_probs = tempered.softmax(-1)
+            log_sum = _log_sum_exp(tempered.amax(-1, keepdim=True), tempered_probs)
+        teacher_probs = teacher.softmax(-1)
+        teacher_log_sum = _log_sum_exp(teacher.amax(-1, keepdim=True), teacher_probs)
+        mean_difference = torch.dot((teacher - tempered).flatten(), teacher_probs.flatten())
+        divergence = mean_difference - (teacher_log_sum - log_sum).sum()
+        gradient = tempered_probs.sub_(teacher_probs).mul_(self.alpha * self.temperature)
         return divergence * self.temperature**2, gradient
+
+
+def _log_sum_exp(best_logits: Tensor, probs: Tensor) -> Tensor:
+    """log Σ exp z of each row, from its largest logit and its softmax: cheaper than another pass of exponentials."""
+    return best_logits - probs.amax(-1, keepdim=True).log()
 
 
 def _check_shapes(hidden: Tensor, matrix: Tensor, targets: Tensor) -> None:
@@ -203,11 +220,11 @@ def compute_gradient_ratio(
 ) -> GradientBalance:
     """Compare the terms on one batch, shapes as in `DistillationLoss`; a ratio under about 0.2 means T is too high."""
     student_logits = _wide(compute_logits(student_hidden, student_matrix))
-    teacher_logits = _wide(compute_logits(teacher_hidden, teacher_matrix))
+    tempered_teacher = _wide(compute_logits(teacher_hidden / loss.temperature, teacher_matrix))
     distillation_gradient, task_gradient = student_logits.clone(), student_logits.clone()
-    DistillationLoss(loss.temperature, loss.alpha, 0.0).write_gradient(distillation_gradient, targets, teacher_logits)
+    DistillationLoss(loss.temperature, loss.alpha, 0.0).write_gradient(distillation_gradient, targets, tempered_teacher)
     DistillationLoss(loss.temperature, 0.0, loss.beta, loss.label_smoothing).write_gradient(task_gradient, targets, None)
-    log_probs = (teacher_logits / loss.temperature).log_softmax(-1)
+    log_probs = tempered_teacher.log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item()
     task_norm = task_gradient.norm().item()
     ratio = distillation_gradient.norm().item() / task_norm if task_norm else math.inf

@@ -4,16 +4,33 @@ Queries are scaled by (D / H)^-1/2, all four projections have biases. Projection
 product: query, key, value in self-attention (`qkv`), key and value in cross-attention (`kv`). For decoding token by token, keys and
 values are kept in an `AttentionCache` and only the new token is computed.
 
+One exception: in bfloat16 on a CPU the two products and the softmax are written out, because the backward pass of PyTorch's kernel
+is six to seven times slower there (7.3 ms against 1.1 ms for 32 × 14 tokens, torch 2.13, one Zen 5 core).
+
 Shapes: B batch, T target or S source length, D hidden size, H heads, d = D / H.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from cvm_translator.quantization import QuantizableLinear
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+    """softmax(q · k^T / √d) · v for q (B, H, T, d), k and v (B, H, S, d); mask True where attention is allowed."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=scores.dtype).triu_(1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
 
 
 class AttentionCache:
@@ -56,7 +73,7 @@ class SelfAttention(nn.Module):
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d) each
-        y = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = attend(q, k, v, mask, causal=causal)
         out: Tensor = self.out(y.transpose(1, 2).reshape(batch, length, dim))
         return out
 
@@ -65,7 +82,7 @@ class SelfAttention(nn.Module):
         batch, dim = x.shape
         q, k, v = self.qkv(x).view(batch, 3, self.num_heads, dim // self.num_heads).unbind(1)  # (B, H, d) each
         keys, values = cache.append(k, v)
-        y = scaled_dot_product_attention(q.unsqueeze(2), keys, values)
+        y = attend(q.unsqueeze(2), keys, values, None)
         out: Tensor = self.out(y.reshape(batch, dim))
         return out
 
@@ -92,7 +109,7 @@ class CrossAttention(nn.Module):
         rows, length, dim = x.shape
         sources = keys.shape[0]
         q = self.q(x).view(sources, -1, self.num_heads, dim // self.num_heads).transpose(1, 2)  # (B, H, R/B·T, d)
-        y = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        y = attend(q, keys, values, mask)
         out: Tensor = self.out(y.transpose(1, 2).reshape(rows, length, dim))
         return out
 
