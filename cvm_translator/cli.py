@@ -1,0 +1,357 @@
+"""The command line: `cvm-translator COMMAND …`.
+
+Guarantees: an error is one line on standard error that names the setting or file, the value and the remedy, with the
+exit code of its kind (1 an error, 2 wrong usage, 3 not running, 4 failed, 5 the gate failed, 130/143 stopped after
+saving); `--debug` adds the traceback. Results go to standard output. Libraries are imported by the command that needs
+them, so `status`, `start`, `stop` and `monitor` never load torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cvm_translator import __version__
+from cvm_translator.config import RunConfig, load_config
+from cvm_translator.errors import EXIT_ERROR, EXIT_OK, CvmError, ModelError, Stopped
+
+DEFAULT_RUN_DIR = Path("distillation_output")
+
+CHUNK_BYTES = 1 << 16
+"""At most so much text is translated together."""
+
+Options = argparse.Namespace
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Wrong usage leaves through SystemExit with code 2, as argparse does."""
+    options = build_parser().parse_args(arguments)
+    try:
+        exit_code: int = options.command(options)
+        sys.stdout.flush()
+    except Stopped as stopped:
+        _tell(f"stopped by {signal.Signals(stopped.signal_number).name}: everything is saved")
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader has left (such as head): nothing to tell, and nothing may be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        _tell(f"error: {_describe(error)}")
+        return error.exit_code if isinstance(error, CvmError) else EXIT_ERROR
+    return exit_code
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _describe(error: Exception) -> str:
+    """One line for any error; only a CvmError was written for the user to read."""
+    if isinstance(error, CvmError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text} (this is a defect of the program; --debug shows where)"
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def _run(options: Options) -> int:
+    return _run_pipeline(load_config(options.config, options.set, options.output_dir), options)
+
+
+def _run_pipeline(config: RunConfig, options: Options) -> int:
+    from cvm_translator.pipeline import run_pipeline
+
+    report = run_pipeline(config, progress=not options.no_progress)
+    exit_code: int = report["exit_code"]
+    return exit_code
+
+
+def _start(options: Options) -> int:
+    from cvm_translator.daemon import start
+
+    _announce(*start(options.config, options.set, options.output_dir))
+    return EXIT_OK
+
+
+def _announce(run_dir: Path, pid: int) -> None:
+    print(f"run folder: {run_dir}\nprocess id: {pid}")
+    _tell(f"it runs in the background; look at it with: cvm-translator monitor {run_dir}")
+
+
+def _stop(options: Options) -> int:
+    from cvm_translator.daemon import stop
+
+    print(f"process {stop(options.run_dir, options.timeout)} has saved and left {options.run_dir}")
+    return EXIT_OK
+
+
+def _resume(options: Options) -> int:
+    from cvm_translator.daemon import resume
+    from cvm_translator.daemon.background import require_run_folder
+    from cvm_translator.runs.layout import RunLayout
+
+    if options.foreground:
+        require_run_folder(options.run_dir)
+        return _run_pipeline(load_config(RunLayout(options.run_dir).config, [], options.run_dir), options)
+    _announce(*resume(options.run_dir))
+    return EXIT_OK
+
+
+# ------------------------------------------------------------------------------------------------------------ watching
+
+
+def _status(options: Options) -> int:
+    from cvm_translator.observe.status import format_status, read_status
+
+    status = read_status(options.run_dir)
+    print(json.dumps(status, indent=2, default=str) if options.json else format_status(status))
+    exit_code: int = status["exit_code"]
+    return exit_code
+
+
+def _monitor(options: Options) -> int:
+    from cvm_translator.observe.monitor import main as monitor
+
+    exit_code: int = monitor(options.run_dir, once=options.once, json=options.json)
+    return exit_code
+
+
+def _report(options: Options) -> int:
+    from cvm_translator.observe.report import write_report
+
+    print(write_report(options.run_dir))
+    return EXIT_OK
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def _validate(options: Options) -> int:
+    from cvm_translator.pipeline import validate_model
+
+    result = validate_model(options.path, test=options.test)
+    if options.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        return EXIT_OK
+    print(f"{result['model']} on {result['test']}, {result['num_sentences']} sentences")
+    for name, value in result["scores"].items():
+        print(f"  {name:<14}{value:>9.3f}  {result['signatures'].get(name, '')}".rstrip())
+    for name, count in result["probes"].items():
+        print(f"  {name:<14}{count:>9}")
+    return EXIT_OK
+
+
+def _translate(options: Options) -> int:
+    if options.runtime == "ctranslate2":
+        raise ModelError("--runtime ctranslate2: models cannot be exported to CTranslate2 yet; use --runtime native")
+    from cvm_translator.models.decoding import translate_texts
+    from cvm_translator.models.folder import load_model
+
+    loaded = load_model(options.model)
+
+    def translate(texts: list[str]) -> list[str]:
+        return translate_texts(
+            loaded.model, loaded.tokenizer, texts, beam_size=options.beam_size, batch_size=options.batch_size
+        )
+
+    if options.input is None:
+        translate_stream(sys.stdin.buffer, sys.stdout.buffer, translate, "standard input")
+    else:
+        with open(options.input, "rb") as stream:
+            translate_stream(stream, sys.stdout.buffer, translate, str(options.input))
+    return EXIT_OK
+
+
+def translate_stream(lines: BinaryIO, output: BinaryIO, translate: Callable[[list[str]], list[str]], name: str) -> None:
+    """Translate UTF-8 lines in order, one line out for each line in; empty lines stay empty.
+
+    What has arrived is translated together and written at once, so a slow or interactive writer need not close its end.
+    A line that is not UTF-8 raises CvmError with its number, after everything before it was written.
+    """
+    read = getattr(lines, "read1", lines.read)
+    num_lines, rest, at_end = 0, b"", False
+    while not at_end:
+        data = read(CHUNK_BYTES)
+        at_end = not data
+        *whole, rest = (rest + data).split(b"\n")
+        if at_end and rest:
+            whole.append(rest)
+        texts: list[str] = []
+        problem = None
+        for line in whole:
+            num_lines += 1
+            try:
+                texts.append(line.decode("utf-8-sig" if num_lines == 1 else "utf-8").rstrip("\r"))
+            except UnicodeDecodeError as error:
+                problem = CvmError(f"{name}, line {num_lines}: not valid UTF-8 ({error.reason}); convert it to UTF-8")
+                break
+        translations = translate(texts) if texts else []
+        assert len(translations) == len(texts)
+        output.writelines(" ".join(text.splitlines()).encode("utf-8") + b"\n" for text in translations)
+        output.flush()
+        if problem is not None:
+            raise problem
+
+
+def _quantize(options: Options) -> int:
+    from cvm_translator.models.folder import load_model, save_model
+    from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
+
+    loaded = load_model(options.model)
+    if loaded.config["number_format"] != "float32":
+        raise ModelError(f"{options.model} is {loaded.config['number_format']} already: name a float32 model folder")
+    folder = save_model(
+        options.output,
+        AdvancedQuantizer(QuantizationType(options.method)).convert(loaded.model),  # type: ignore[arg-type]
+        loaded.tokenizer,
+        source_language=loaded.config["source_language"],
+        target_language=loaded.config["target_language"],
+        metadata=loaded.config["metadata"] | {"quantization": {"method": options.method, "bits": options.bits}},
+    )
+    print(folder)
+    return EXIT_OK
+
+
+def _export(options: Options) -> int:
+    from cvm_translator.models.folder import load_model, save_model
+
+    loaded = load_model(options.model)
+    folder = save_model(
+        options.output,
+        loaded.model,
+        loaded.tokenizer,
+        source_language=loaded.config["source_language"],
+        target_language=loaded.config["target_language"],
+        metadata=loaded.config["metadata"],
+    )
+    print(folder)
+    return EXIT_OK
+
+
+# -------------------------------------------------------------------------------------------------------------- corpus
+
+
+def _corpus_build(options: Options) -> int:
+    from cvm_translator.corpus.build import build_corpus
+    from cvm_translator.runs.layout import RunLayout
+    from cvm_translator.runs.lock import RunLock
+
+    config = load_config(options.config, options.set, options.output_dir)
+    layout = RunLayout(config.output_dir)
+    with RunLock(layout.lock):
+        summary = build_corpus(
+            config.corpus, layout.corpus, seed=config.seed, base_dir=options.config.absolute().parent, report=_tell
+        )
+    for title, counts in (
+        ("pairs", summary.sizes),
+        ("dropped by", summary.filters),
+        ("quarantined for", summary.quarantine),
+    ):
+        print(title, *(f"  {name:<24}{count:>9}" for name, count in counts.items()), sep="\n")
+    return EXIT_OK
+
+
+# -------------------------------------------------------------------------------------------------------------- parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+_positive.__name__ = "number from 1 up"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; each command's function is in `command`."""
+    parser = argparse.ArgumentParser(
+        prog="cvm-translator", description="Distil large translation models into small ones."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, function: Callable[[Options], int], description: str, within: Any = commands) -> Any:
+        command = within.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
+        command.set_defaults(command=function)
+        # SUPPRESS: given before the command's name or after it, it is the same option
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return command
+
+    for name, function, text in (
+        ("run", _run, "run the whole pipeline, from text to report"),
+        ("start", _start, "run it in the background"),
+    ):
+        _add_config(add(name, function, text), has_progress=name == "run")
+    status = add("status", _status, "show where a run is")
+    stop = add("stop", _stop, "let a background run save and leave")
+    resume = add("resume", _resume, "carry on a run exactly where it was")
+    monitor = add("monitor", _monitor, "watch a run, alert, and write status reports")
+    for command in (status, stop, resume, monitor):
+        command.add_argument("run_dir", type=Path, nargs="?", default=DEFAULT_RUN_DIR, metavar="RUN_DIR")
+    stop.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait (default 120)")
+    resume.add_argument("--foreground", action="store_true", help="in this terminal")
+    resume.add_argument("--no-progress", action="store_true", help="no progress display (in the foreground)")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    monitor.add_argument("--once", action="store_true", help="look once, write the reports and leave")
+    monitor.add_argument("--json", action="store_true", help="events as JSON lines instead of the display")
+
+    report = add("report", _report, "write the comparison report of a run again")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    validate = add("validate", _validate, "score a model on a test set")
+    validate.add_argument("path", type=Path, metavar="RUN_DIR|MODEL_DIR")
+    validate.add_argument(
+        "--test", type=Path, metavar="TSV", help="source, tab, reference a line (default: the run's own)"
+    )
+    validate.add_argument("--json", action="store_true", help="as JSON")
+
+    translate = add("translate", _translate, "translate standard input, a line each, in order")
+    translate.add_argument("--input", type=Path, metavar="FILE", help="read this file instead of standard input")
+    translate.add_argument("--runtime", choices=["native", "ctranslate2"], default="native")
+    translate.add_argument("--beam-size", type=_positive, default=1, metavar="N")
+    translate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="sentences decoded together")
+    quantize = add("quantize", _quantize, "store a float model with fewer bits")
+    quantize.add_argument("--method", choices=["dynamic"], default="dynamic")
+    quantize.add_argument("--bits", type=int, choices=[8], default=8)
+    export = add("export", _export, "write a model in another format")
+    export.add_argument("--format", choices=["safetensors"], required=True)
+    for command in (translate, quantize, export):
+        command.add_argument(
+            "--model", type=Path, required=True, metavar="DIR", help="model folder, or a run's student folder"
+        )
+    for command in (quantize, export):
+        command.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
+
+    corpus = commands.add_parser("corpus", help="only the corpus stage", description="Only the corpus stage.")
+    corpus_commands = corpus.add_subparsers(metavar="COMMAND", required=True)
+    _add_config(add("build", _corpus_build, "read, clean and split the text", corpus_commands), has_progress=False)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser, *, has_progress: bool) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see configs/")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable"
+    )
+    command.add_argument("--output-dir", type=Path, metavar="DIR", help="run folder (default: the config's output_dir)")
+    if has_progress:
+        command.add_argument("--no-progress", action="store_true", help="no progress display")

@@ -1,0 +1,248 @@
+"""The doors: exit codes, one-line errors, and translation that keeps its lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cvm_translator.cli import main, translate_stream
+from cvm_translator.errors import CvmError
+
+PROGRAM = [sys.executable, "-m", "cvm_translator"]
+
+
+def run(*arguments: str | Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*PROGRAM, *map(str, arguments)], input=data, capture_output=True)
+
+
+def train_sentencepiece(path: Path) -> None:
+    """A small real SentencePiece model with the product's ids."""
+    import sentencepiece
+
+    words = ["Datei", "nicht", "gefunden", "Öffnen", "Speichern", "file", "not", "found", "open", "save"]
+    sentences = [" ".join(words[(i * j) % len(words)] for j in range(1, 6)) for i in range(200)]
+    with open(path, "wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=stream,
+            vocab_size=300,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real, tiny, untrained model: what it says is nonsense, that it says a line for each line is not."""
+    import torch
+
+    from cvm_translator.config.schema import ModelConfig
+    from cvm_translator.corpus.tokenizer import Tokenizer
+    from cvm_translator.models.folder import save_model
+    from cvm_translator.models.transformer import CvmTransformer
+
+    folder = tmp_path_factory.mktemp("model")
+    train_sentencepiece(folder / "sentencepiece.model")
+    tokenizer = Tokenizer.load(folder / "sentencepiece.model")
+    torch.manual_seed(1)
+    model = CvmTransformer(
+        ModelConfig(dim=16, num_heads=2, feed_forward_dim=32, encoder_layers=1, decoder_layers=1, max_length=64),
+        tokenizer.vocab_size,
+    )
+    save_model(folder / "student" / "float", model, tokenizer, source_language="de", target_language="en")
+    return folder / "student"
+
+
+# --------------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (["run", "missing.yaml"], 1, "error: missing.yaml: no such config file"),
+        (["start", "missing.yaml"], 1, "error: missing.yaml: no such config file"),
+        (["stop", "nowhere"], 3, "error: no run holds nowhere: there is nothing to stop"),
+        (["resume", "nowhere"], 1, "error: nowhere is no run folder: it has no config.yaml"),
+        (["resume", "nowhere", "--foreground"], 1, "error: nowhere is no run folder: it has no config.yaml"),
+        (["translate", "--model", "nowhere"], 1, "error: there is no model folder nowhere"),
+        (["translate", "--model", ".", "--runtime", "ctranslate2"], 1, "use --runtime native"),
+        (["quantize", "--model", "nowhere", "--output", "out"], 1, "error: there is no model folder nowhere"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str],
+    exit_code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == exit_code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["distil"], "invalid choice: 'distil'"),
+        (["quantize", "--model", "a", "--output", "b", "--method", "magic"], "choose from 'dynamic'"),
+        (["quantize", "--model", "a", "--output", "b", "--bits", "3"], "choose from 8"),
+        (["export", "--model", "a", "--output", "b", "--format", "onnx"], "choose from 'safetensors'"),
+        (["translate", "--model", "a", "--beam-size", "0"], "invalid number from 1 up value: '0'"),
+        (["corpus"], "required: COMMAND"),
+    ],
+)
+def test_wrong_usage_is_2(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_typo_in_a_config_names_the_nearest_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("distillation: {temprature: 2.0}\n")
+    assert main(["run", str(config), "--output-dir", str(tmp_path / "out")]) == 1
+    assert "distillation.temperature" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_adds_the_traceback_before_or_after_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--debug", "run", "missing.yaml"], ["run", "missing.yaml", "--debug"]):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert "Traceback" in error
+        assert error.splitlines()[-1].startswith("error: missing.yaml")
+
+
+def test_an_unreadable_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    config = tmp_path / "config.yaml"
+    config.write_text("corpus: {train: [{format: tsv, path: t.tsv}]}\n")
+    assert main(["corpus", "build", str(config), "--output-dir", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
+
+
+def test_module_and_monitor_script_are_the_program() -> None:
+    assert run("--version").stdout.startswith(b"cvm-translator ")
+    script = Path(__file__).parent.parent / "monitor_distillation.py"
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True)
+    assert done.returncode == 0
+    assert b"--once" in done.stdout
+
+
+def test_status_of_nothing_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["state"] == "never_started"
+
+
+# -------------------------------------------------------------------------------------------------------- translation
+
+
+def upper(texts: list[str]) -> list[str]:
+    return [text.upper() for text in texts]
+
+
+def translated(data: bytes) -> bytes:
+    output = io.BytesIO()
+    translate_stream(io.BytesIO(data), output, upper, "standard input")
+    return output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", b""),
+        (b"\n", b"\n"),
+        (b"a", b"A\n"),
+        (b"a\n\n\nb\n", b"A\n\n\nB\n"),
+        (b"a\r\nb\r\n", b"A\nB\n"),
+        (b"\xef\xbb\xbfa\n", b"A\n"),
+        ("ä\u2028ö\x0bü\n".encode(), "Ä Ö Ü\n".encode()),
+        (b"x\n" * 100_000, b"X\n" * 100_000),
+        (b"y" * 200_000 + b"\nz\n", b"Y" * 200_000 + b"\nZ\n"),
+    ],
+)
+def test_a_line_out_for_a_line_in(data: bytes, expected: bytes) -> None:
+    assert translated(data) == expected
+
+
+def test_a_line_that_is_not_utf8_is_named_after_those_before_it() -> None:
+    output = io.BytesIO()
+    with pytest.raises(CvmError, match=r"names\.txt, line 3: not valid UTF-8"):
+        translate_stream(io.BytesIO(b"a\nb\n\xff\nc\n"), output, upper, "names.txt")
+    assert output.getvalue() == b"A\nB\n"
+
+
+def test_lines_are_translated_as_they_arrive() -> None:
+    """A writer that waits for each answer before its next line gets it."""
+    read_end, write_end = os.pipe()
+    output = io.BytesIO()
+
+    def answer(texts: list[str]) -> list[str]:
+        if texts == ["one"]:
+            os.write(write_end, b"two\n")
+        else:
+            os.close(write_end)
+        return upper(texts)
+
+    os.write(write_end, b"one\n")
+    with open(read_end, "rb") as stream:
+        translate_stream(stream, output, answer, "pipe")
+    assert output.getvalue() == b"ONE\nTWO\n"
+
+
+def test_translate_keeps_its_lines(model_folder: Path, tmp_path: Path) -> None:
+    text = "Datei nicht gefunden.\n\nÖffnen\n".encode()
+    done = run("translate", "--model", model_folder, data=text)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"\n") == 3
+    assert done.stdout.split(b"\n")[1] == b""
+    (tmp_path / "in.txt").write_bytes(text)
+    assert run("translate", "--model", model_folder / "float", "--input", tmp_path / "in.txt").stdout == done.stdout
+
+
+def test_quantize_and_export(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, int8 = str(model_folder / "float"), tmp_path / "int8"
+    assert main(["quantize", "--model", source, "--method", "dynamic", "--bits", "8", "--output", str(int8)]) == 0
+    assert json.loads((int8 / "config.json").read_text())["number_format"] == "int8"
+    assert main(["quantize", "--model", str(int8), "--output", str(tmp_path / "again")]) == 1
+    assert main(["export", "--model", str(int8), "--format", "safetensors", "--output", str(tmp_path / "copy")]) == 0
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (int8 / "model.safetensors").read_bytes()
+    assert main(["export", "--model", source, "--format", "safetensors", "--output", str(int8)]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {int8} is int8 already: name a float32 model folder",
+        f"error: {int8} exists already: remove it or choose another folder",
+    ]
+
+
+def test_a_reader_that_leaves_is_no_error(model_folder: Path) -> None:
+    with subprocess.Popen(
+        [*PROGRAM, "translate", "--model", str(model_folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.write(b"eins\n")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
