@@ -57,8 +57,8 @@ def _on_halt(facts: AdviceFacts) -> str | None:
     if not facts.halted:
         return None
     return (
-        f"The guard halted the run after {facts.num_rollbacks} rollbacks: lower distillation.learning_rate (by half to begin"
-        " with), and look at the steps before each rollback for a fault in the data."
+        f"The guard halted the run after {facts.num_rollbacks} rollbacks: lower distillation.learning_rate (by half to"
+        " begin with), and look at the steps before each rollback for a fault in the data."
     )
 
 
@@ -72,7 +72,9 @@ def _on_convergence(facts: AdviceFacts) -> str | None:
         return None
     remedy = "lower distillation.learning_rate or look at the data"
     if facts.temperature > 1:
-        remedy = f"lower distillation.temperature (now {facts.temperature:g}; small vocabularies and weak teachers want 1 to 2)"
+        remedy = (
+            f"lower distillation.temperature (now {facts.temperature:g}; small vocabularies and weak teachers want 1-2)"
+        )
     return f"The training loss fell by only {100 * max(fall, 0):.1f} % over the run and does not converge: {remedy}."
 
 
@@ -80,8 +82,8 @@ def _on_gradient_ratio(facts: AdviceFacts) -> str | None:
     if not facts.gradient_ratio < MIN_GRADIENT_RATIO:
         return None
     return (
-        f"The distillation term's gradient is {facts.gradient_ratio:.2f} of the task term's, so the teacher is hardly heard:"
-        f" lower distillation.temperature (now {facts.temperature:g}) or raise distillation.alpha."
+        f"The distillation term's gradient is {facts.gradient_ratio:.2f} of the task term's, so the teacher is hardly"
+        f" heard: lower distillation.temperature (now {facts.temperature:g}) or raise distillation.alpha."
     )
 
 
@@ -97,8 +99,8 @@ def _on_overfitting(facts: AdviceFacts) -> str | None:
     if place > len(qualities) - 3 or fall < OVERFIT_QUALITY_FALL or losses[-1] >= since_best[0]:
         return None
     return (
-        f"The training loss still fell while the quality on validation fell by {100 * fall:.1f} % from its best: the student"
-        " overfits. Use more text, fewer distillation.num_iterations, or more student.model.dropout."
+        f"The training loss still fell while the quality on validation fell by {100 * fall:.1f} % from its best: the"
+        " student overfits. Use more text, fewer distillation.num_iterations, or more student.model.dropout."
     )
 
 
@@ -111,21 +113,21 @@ def _on_length(facts: AdviceFacts) -> str | None:
     if rise < 0.03 or qualities[-1] < max(qualities):
         return None
     return (
-        f"The quality still rose by {100 * rise:.1f} % over the last two validations: more distillation.num_iterations or a"
-        " higher distillation.learning_rate would take the student further."
+        f"The quality still rose by {100 * rise:.1f} % over the last two validations: more"
+        " distillation.num_iterations or a higher distillation.learning_rate would take the student further."
     )
 
 
 def _on_teacher(facts: AdviceFacts) -> str | None:
     if facts.retention > STRONG_RETENTION:
         return (
-            f"The student scores {100 * facts.retention:.1f} % of its teacher: the teacher is the bottleneck. Train it longer"
-            " or larger, or raise distillation.beta to learn more from the references."
+            f"The student scores {100 * facts.retention:.1f} % of its teacher: the teacher is the bottleneck. Train it"
+            " longer or larger, or raise distillation.beta to learn more from the references."
         )
     if facts.teacher_bleu < WEAK_TEACHER_BLEU:
         return (
-            f"The teacher itself scores only {facts.teacher_bleu:.1f} BLEU: it is the bottleneck. A better teacher helps more"
-            " than a better distillation."
+            f"The teacher itself scores only {facts.teacher_bleu:.1f} BLEU: it is the bottleneck. A better teacher"
+            " helps more than a better distillation."
         )
     return None
 
@@ -134,8 +136,8 @@ def _on_compression(facts: AdviceFacts) -> str | None:
     if not facts.compression > MAX_COMPRESSION or facts.retention >= BRIDGED_RETENTION:
         return None
     return (
-        f"The student has {facts.compression:.1f} times fewer parameters than its teacher, more than one step of distillation"
-        " bridges well: enlarge student.model, or distil through a student of middle size."
+        f"The student has {facts.compression:.1f} times fewer parameters than its teacher, more than one step of"
+        " distillation bridges well: enlarge student.model, or distil through a student of middle size."
     )
 
 

@@ -6,6 +6,7 @@ there but cannot be read is an error that names it. Nothing is written.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -162,7 +163,7 @@ def mean_stretches(history: History) -> list[float]:
     if len(losses) < NUM_STRETCHES:
         return losses
     edges = [index * len(losses) // NUM_STRETCHES for index in range(NUM_STRETCHES + 1)]
-    return [fmean(losses[low:high]) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [fmean(losses[low:high]) for low, high in itertools.pairwise(edges)]
 
 
 def flatten(data: Any, prefix: str = "") -> list[tuple[str, str]]:

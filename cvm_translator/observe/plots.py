@@ -29,7 +29,7 @@ SMOOTHING_SHARE = 0.01
 """Width of the training curves' moving average, as a share of their length."""
 MAX_POINTS = 2000
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.parse_math": False,
@@ -135,7 +135,7 @@ def _thinned(*columns: Sequence[float]) -> list[Sequence[float]]:
 def plot_training(
     curve: TrainCurve | None, rollbacks: Sequence[Event] = (), quantised_from: int | None = None
 ) -> bytes | None:
-    """Loss and its two parts, accuracy and learning rate by step; rollbacks and the start of fake quantisation marked."""
+    """Loss and its parts, accuracy and learning rate by step; rollbacks and the start of fake quantisation marked."""
     if curve is None or len(curve) < 2:
         return None
     rows, gone = curve.kept_rows(), curve.discarded_rows()

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cvm_translator.observe.advice import advise
+from cvm_translator.observe.describe import describe_verdict
 from cvm_translator.observe.document import Block, Bullets, Cell, Fold, Records, Table, Text, Verdict
 from cvm_translator.observe.facts import Facts, dig, flatten, gather_advice_facts
 from cvm_translator.observe.history import of_stage
-from cvm_translator.observe.status import describe_verdict, find_state
+from cvm_translator.observe.status import find_state
 from cvm_translator.observe.text import (
     NOT_MEASURED,
     as_number,
@@ -235,9 +236,7 @@ def build_guard(facts: Facts) -> list[Block]:
     smallest = dig(final, "preflight.smallest_detectable_drop")
     if is_known(smallest):
         blocks.append(
-            Text(
-                f"A true drop of {format_percent(smallest)} is the smallest that the guard detects with 99 % power here."
-            )
+            Text(f"The smallest true drop that the guard detects with 99 % power here is {format_percent(smallest)}.")
         )
     if not facts.rollbacks:
         return [*blocks, Text("There was no rollback.")]
@@ -255,9 +254,10 @@ def build_guard(facts: Facts) -> list[Block]:
     warned = [
         v for v in of_stage(history.verdicts, "distil") if v.get("verdict") in ("degraded", "warning", "emergency")
     ]
-    names = ("step", "verdict", "drop", "drop_lower_bound", "margin", "action")
-    notes = [describe_verdict({name: v.get(name) for name in names}) for v in warned]
-    return [*blocks, table, *([Bullets(notes)] if notes else [])]
+    notes = [describe_verdict(v) for v in warned]
+    if notes:
+        blocks += [Text("Verdicts that were not all well:"), Bullets(notes)]
+    return [*blocks, Text("Rollbacks:"), table]
 
 
 def build_unseen(facts: Facts) -> list[Block]:

@@ -7,6 +7,7 @@ hundredths of a second, and nothing is written. A folder without a run is a stat
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Mapping
@@ -15,20 +16,14 @@ from statistics import fmean, median
 from typing import Any
 
 from cvm_translator.errors import EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_OK
+from cvm_translator.observe.describe import format_status
 from cvm_translator.observe.history import STEP_STAGES, Event, History, of_stage, read_history
 from cvm_translator.observe.text import (
     as_number,
     format_bytes,
-    format_count,
-    format_number,
-    format_percent,
-    format_score,
     format_seconds,
     is_known,
-    ordered_metrics,
     parse_time,
-    printable,
-    short_metric_name,
 )
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import read_holder
@@ -49,11 +44,20 @@ FIRST_VALIDATION_SECONDS = 900.0
 MIN_FREE_BYTES = 1 << 30
 
 
+__all__ = ["find_state", "format_status", "read_status", "summarise"]
+
+
 def read_status(run_dir: str | Path) -> dict[str, Any]:
     """The state of the run in `run_dir`; see `summarise` for the keys."""
     layout = RunLayout(Path(run_dir))
-    history = read_history(layout.events, recent_train_only=True)
-    return summarise(layout, history, read_holder(layout.lock), time.time())
+    for _ in range(2):
+        # The holder first: a run writes its last event before it lets go of the lock. One that begins between the
+        # two looks dead, so that answer is asked for twice.
+        holder = read_holder(layout.lock)
+        history = read_history(layout.events, recent_train_only=True)
+        if find_state(history, holder) != "dead":
+            break
+    return summarise(layout, history, holder, time.time())
 
 
 def summarise(
@@ -128,7 +132,7 @@ def measure_step_seconds(history: History) -> float | None:
     if speed > 0:
         return 1 / speed
     times = [(event.get("step"), parse_time(event.get("time"))) for event in history.recent]
-    gaps = [b - a for (_, a), (_, b) in zip(times, times[1:], strict=False) if a is not None and b is not None]
+    gaps = [b - a for (_, a), (_, b) in itertools.pairwise(times) if a is not None and b is not None]
     return median(gaps) or None if gaps else None
 
 
@@ -235,111 +239,3 @@ def _result(history: History, state: str) -> dict[str, Any] | None:
     if last["kind"] == "failed":
         return _fields(last, "time", "message")
     return _fields(last, "time", "signal") if last["kind"] == "stopped" else None
-
-
-def headline(status: Mapping[str, Any]) -> str:
-    """One line: the state, and for an ended run how it ended."""
-    state, result = status["state"], status["result"] or {}
-    if state == "never_started":
-        return f"no run in {printable(status['run_dir'])}: begin one with cvm-translator start CONFIG"
-    if state == "running":
-        return f"running (process {status['pid']}), stage {printable(status['stage'] or 'starting')}"
-    if state == "failed":
-        return f"failed: {printable(result.get('message'))}"
-    if state == "stopped":
-        signal = result.get("signal")
-        return f"stopped{f' by signal {signal}' if signal else ''}: carry on with cvm-translator resume"
-    if state == "dead":
-        return f"dead: process {status['pid']} is gone; carry on with cvm-translator resume"
-    gate = {True: "the gate passed", False: "the gate FAILED"}.get(result.get("gate_passed"), "not gated")
-    halted = ", halted by the guard with the best model" if result.get("halted") else ""
-    return f"done in {format_seconds(result.get('seconds'))}: {gate}{halted}"
-
-
-def format_status(status: Mapping[str, Any]) -> str:
-    """The status as lines for a terminal, every foreign character made visible."""
-    lines = [f"{printable(status['run_dir'])}: {headline(status)}"]
-    if status["state"] == "never_started":
-        return lines[0]
-    lines += [f"  {name:<12}{printable(text)}" for name, text in _status_lines(status) if text]
-    lines += [f"  ! {printable(note['message'])}" for note in status["health"]]
-    return "\n".join(lines)
-
-
-def _status_lines(status: Mapping[str, Any]) -> list[tuple[str, str]]:
-    losses, checkpoint, verdict = status["losses"] or {}, status["checkpoint"], status["verdict"]
-    return [
-        ("step", describe_step(status)),
-        ("speed", describe_speed(status)),
-        ("loss", describe_losses(losses)),
-        ("validation", describe_validation(status["validation"])),
-        ("verdict", describe_verdict(verdict) if verdict else ""),
-        ("best", f"step {status['best_step']}" if status["best_step"] is not None else ""),
-        ("rollbacks", "; ".join(f"{r['from_step']} -> {r['to_step']} ({r['reason']})" for r in status["rollbacks"])),
-        (
-            "checkpoint",
-            f"step {checkpoint['step']}, {format_seconds(checkpoint['age_seconds'])} ago" if checkpoint else "",
-        ),
-        (
-            "warnings",
-            f"{status['num_warnings']}, last: {status['last_warning']['message']}" if status["last_warning"] else "",
-        ),
-    ]
-
-
-def describe_step(status: Mapping[str, Any]) -> str:
-    if status["step"] is None:
-        return ""
-    total, step = status["num_iterations"], status["step"]
-    text = f"{step:,} of {total:,} ({100 * step / total:.1f} %)" if total else f"{step:,}"
-    attempt = f", attempt {status['attempt']}" if (status["attempt"] or 1) > 1 else ""
-    executed = status["executed_steps"]
-    more = f", {executed:,} executed" if executed > step and status["stage"] == "distil" else ""
-    return f"{text}{attempt}{more}"
-
-
-def describe_speed(status: Mapping[str, Any]) -> str:
-    if not is_known(status["steps_per_second"]) or status["state"] != "running":
-        return ""
-    parts = [f"{format_number(status['steps_per_second'])} steps/s"]
-    if is_known(status["tokens_per_second"]):
-        parts.append(f"{format_count(status['tokens_per_second'])} tokens/s")
-    if is_known(status["eta_seconds"]):
-        parts.append(f"{format_seconds(status['eta_seconds'])} left in this stage")
-    return ", ".join(parts)
-
-
-def describe_losses(losses: Mapping[str, Any]) -> str:
-    if not is_known(losses.get("recent_loss")):
-        return ""
-    names = {"recent_distillation_loss": "distillation", "recent_task_loss": "task"}
-    parts = [f"{label} {format_number(losses[key], 4)}" for key, label in names.items() if is_known(losses.get(key))]
-    detail = f" ({', '.join(parts)})" if parts else ""
-    accuracy = f", accuracy {format_percent(losses['recent_accuracy'])}" if is_known(losses["recent_accuracy"]) else ""
-    return f"{format_number(losses['recent_loss'], 4)}{detail}{accuracy}, last {format_number(losses['last'], 4)}"
-
-
-def describe_validation(validation: Mapping[str, Any] | None) -> str:
-    if not validation:
-        return ""
-    scores, teacher = validation["scores"] or {}, validation["teacher_scores"] or {}
-    parts = [
-        f"{short_metric_name(key)} {format_score(key, scores[key])}"
-        + (f" (teacher {format_score(key, teacher[key])})" if is_known(teacher.get(key)) else "")
-        for key in ordered_metrics(scores)
-        if key in ("bleu", "chrf", "ter", "bertscore") and is_known(scores[key])
-    ]
-    quality = validation["quality_score"]
-    if is_known(quality):
-        parts.insert(0, f"quality {format_percent(quality)} of the teacher")
-    return f"step {validation['step']}: {', '.join(parts)}"
-
-
-def describe_verdict(verdict: Mapping[str, Any]) -> str:
-    text = f"step {verdict['step']}: {verdict['verdict']}"
-    if is_known(verdict["drop"]) and verdict["verdict"] not in ("first", "improved"):
-        text += f", drop {format_percent(verdict['drop'])}"
-        if is_known(verdict["drop_lower_bound"]):
-            text += f" (at least {format_percent(verdict['drop_lower_bound'])}, margin {format_percent(verdict['margin'], 0)})"
-    action = verdict["action"]
-    return text + (f" -> {action.replace('_', ' ')}" if action not in (None, "none", "keep") else "")

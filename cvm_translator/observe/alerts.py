@@ -1,0 +1,105 @@
+"""What somebody should be told, once.
+
+Guarantees: every alert has a key made from what happened (the event's time, the process, the step), and a key is told
+once, also by a monitor that is started again: the keys in `monitor/alerts.log` are read back. The log holds one line
+an alert, `time LEVEL key: message`, with foreign characters escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cvm_translator.observe.describe import describe_event
+from cvm_translator.observe.history import Event
+from cvm_translator.observe.text import printable
+
+
+@dataclass(frozen=True)
+class Alert:
+    key: str
+    """`name/occurrence`, without blanks."""
+    level: str
+    """INFO, WARNING or CRITICAL."""
+    message: str
+    time: str
+
+    @property
+    def name(self) -> str:
+        return self.key.split("/")[0]
+
+    def line(self) -> str:
+        return f"{self.time} {self.level} {self.key}: {printable(self.message)}"
+
+
+def alerts_of_event(event: Event) -> list[Alert]:
+    """Degradation, emergency, rollback, halt, failure, a failed gate, an inexact resume and the end of the run."""
+    kind, found = event["kind"], []
+    if kind == "verdict" and event.get("verdict") in ("warning", "degraded", "emergency"):
+        found.append(("degradation", "WARNING"))
+    if kind == "verdict" and event.get("action") == "halt":
+        found.append(("halted", "CRITICAL"))
+    if kind == "rollback":
+        found.append(("rollback", "WARNING"))
+    if kind == "resumed" and event.get("exact") is False:
+        found.append(("inexact_resume", "WARNING"))
+    if kind == "failed":
+        found.append(("failed", "CRITICAL"))
+    if kind == "run_finished":
+        if event.get("halted"):
+            found.append(("halted", "CRITICAL"))
+        if event.get("gate_passed") is False:
+            found.append(("gate_failed", "CRITICAL"))
+        found.append(("finished", "INFO"))
+    message, time = describe_event(event) or "", str(event.get("time"))
+    mark = printable(time).replace(" ", "_")
+    return [Alert(f"{name}/{mark}", level, message, mark) for name, level in found]
+
+
+def alerts_of_status(status: Mapping[str, Any]) -> list[Alert]:
+    """Dead process, stalled step, low disk: what no event tells."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    occurrences = {
+        "dead_process": f"{status['started_at']}/{status['pid']}/{status['step']}",
+        "stalled_step": f"{status['started_at']}/{status['stage']}/{status['attempt']}/{status['step']}",
+        "low_disk": now[:10],  # at most once a day
+    }
+    levels = {"dead_process": "CRITICAL"}
+    return [
+        Alert(
+            key=f"{note['code']}/{printable(occurrences.get(note['code'], now)).replace(' ', '_')}",
+            level=levels.get(note["code"], "WARNING"),
+            message=note["message"],
+            time=now,
+        )
+        for note in status["health"]
+    ]
+
+
+class AlertBook:
+    """Keeps which alerts have been told, in a log that outlives the monitor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.told: list[Alert] = []
+        self._keys: set[str] = set()
+        if path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            self._keys = {line.split(" ")[2].rstrip(":") for line in lines if line.count(" ") >= 3}
+
+    def tell(self, alerts: Iterable[Alert]) -> list[Alert]:
+        """The alerts that are new, now written to the log."""
+        new: list[Alert] = []
+        for alert in alerts:
+            if alert.key not in self._keys:
+                self._keys.add(alert.key)
+                new.append(alert)
+        if new and self.path.parent.parent.is_dir():
+            self.path.parent.mkdir(exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.writelines(alert.line() + "\n" for alert in new)
+        self.told += new
+        return new

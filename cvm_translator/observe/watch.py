@@ -1,0 +1,148 @@
+"""Following a run while it goes on: new events, new log lines, the process behind it.
+
+Guarantees: files are only read; polling is the truth (device, inode and offset, see `EventTail`) and file-system events
+merely wake it sooner, so a lost one costs a second and nothing else. How long a step has rested is measured by the
+monotonic clock, so a wall clock that jumps raises no alarm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from cvm_translator.observe.history import Event, History
+from cvm_translator.observe.status import find_state, summarise
+from cvm_translator.runs.events import EventTail
+from cvm_translator.runs.layout import RunLayout
+from cvm_translator.runs.lock import process_start_time, read_holder
+
+
+class RunWatch:
+    """The state of one run folder, brought up to date by `poll`."""
+
+    def __init__(self, layout: RunLayout, num_log_lines: int = 6) -> None:
+        self.layout = layout
+        self.history = History()
+        self.holder: dict[str, Any] | None = None
+        self.log_lines: deque[str] = deque(maxlen=num_log_lines)
+        self._events = EventTail(layout.events)
+        self._log = EventTail(layout.train_log)
+        self._advanced_at = time.monotonic()
+        self._has_polled = False
+        self._num_dead_polls = 0
+
+    def poll(self) -> list[Event]:
+        """Read what is new; returns the new events."""
+        # The holder first: a run writes its last event before it lets go of the lock.
+        self.holder = read_holder(self.layout.lock)
+        before = self.history.last_advance
+        events = self._events.poll()
+        for event in events:
+            self.history.add(event)
+        if self.history.last_advance != before:
+            idle = max(0.0, time.time() - (self.history.last_advance or 0.0)) if not self._has_polled else 0.0
+            self._advanced_at = time.monotonic() - idle
+        self._has_polled = True
+        self.log_lines.extend(line.decode("utf-8", "replace") for line in self._log.poll_lines())
+        dead = find_state(self.history, self.holder) == "dead"
+        self._num_dead_polls = self._num_dead_polls + 1 if dead else 0
+        return events
+
+    def status(self) -> dict[str, Any]:
+        """As `read_status`, but from what has been followed."""
+        idle = time.monotonic() - self._advanced_at if self.history.last_advance is not None else None
+        return summarise(self.layout, self.history, self.holder, time.time(), idle)
+
+    def is_surely_dead(self) -> bool:
+        """Dead at two polls in a row: a process that has just started may hold its lock but an instant later."""
+        return self._num_dead_polls >= 2
+
+    def close(self) -> None:
+        self._events.close()
+        self._log.close()
+
+
+class FileHints:
+    """Wakes the monitor when a file in a folder changes; without it the monitor polls on its own beat."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Event()
+        self._observer: Any = None
+
+    def start(self, layout: RunLayout) -> None:
+        """Watch the run's logs, once the folder is there."""
+        if self._observer is not None or not layout.logs.is_dir():
+            return
+        from watchdog.events import FileSystemEventHandler
+        from watchdog.observers import Observer
+
+        changed = self.changed
+
+        class Handler(FileSystemEventHandler):
+            def on_modified(self, event: Any) -> None:
+                changed.set()
+
+            def on_created(self, event: Any) -> None:
+                changed.set()
+
+            def on_moved(self, event: Any) -> None:
+                changed.set()
+
+        self._observer = Observer()
+        self._observer.schedule(Handler(), str(layout.logs), recursive=False)
+        # No watches left on this machine: polling sees everything as well, at most a second later.
+        with contextlib.suppress(OSError):
+            self._observer.start()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until something changed, `seconds` at most and a fifth of that at least."""
+        time.sleep(seconds / 5)
+        self.changed.wait(seconds * 4 / 5)
+        self.changed.clear()
+
+    def stop(self) -> None:
+        if self._observer is not None and self._observer.is_alive():
+            self._observer.stop()
+            self._observer.join(timeout=5)
+
+
+class ProcessWatch:
+    """Processor and memory use of the run's process and its children."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def measure(self, holder: Mapping[str, Any] | None) -> dict[str, float] | None:
+        """Figures of the process that holds the run's lock, or None where it is gone, elsewhere or not ours to see.
+
+        A process with another start time is a stranger under a reused id.
+        """
+        import psutil
+
+        pid = (holder or {}).get("pid")
+        if (
+            holder is None
+            or not isinstance(pid, int)
+            or holder.get("host", socket.gethostname()) != socket.gethostname()
+        ):
+            return None
+        if holder.get("process_start_time") not in (None, process_start_time(pid)):
+            return None
+        try:
+            if self._process is None or self._process.pid != pid:
+                self._process = psutil.Process(pid)
+            family = [self._process, *self._process.children(recursive=True)]
+            memory = sum(process.memory_info().rss for process in family)
+            return {
+                "cpu_percent": self._process.cpu_percent(),
+                "memory_mib": memory / 2**20,
+                "num_threads": float(self._process.num_threads()),
+            }
+        except psutil.Error:
+            self._process = None
+            return None
