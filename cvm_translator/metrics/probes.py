@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvm_translator.errors import import_optional
+from cvm_translator.metrics.placeholders import PLACEHOLDER, find_placeholders
 
 BoolArray = NDArray[np.bool_]
 Probe = Callable[[Sequence[str], Sequence[str], Sequence[str], str], BoolArray]
@@ -25,18 +26,8 @@ LENGTH_SLACK_CHARACTERS = 10
 MIN_LANGUAGE_LETTERS = 30
 MIN_LANGUAGE_PROBABILITY = 0.7
 
-PLACEHOLDER = re.compile(
-    r"%\([^()\s]+\)[-+#0]*\d*(?:\.\d+)?[diouxXeEfFgGcrsa]"  # %(name)s
-    r"|%(?:\d+\$)?[-+#0]*\d*(?:\.\d+)?[diouxXeEfFgGcrsa](?![^\W\d_])"  # %s, %1$s, %.2f, but not 100%ig
-    r"|\$?\{[\w.!:\[\]]*\}"  # {0}, {name}, {}, ${name}
-)
 NUMBER = re.compile(r"\d+(?:[.,'\u00a0\u202f]\d+)*")
 WORD = re.compile(r"\w+")
-
-
-def find_placeholders(text: str) -> list[str]:
-    """Format placeholders in the order in which they stand."""
-    return PLACEHOLDER.findall(text)
 
 
 def find_numbers(text: str) -> list[str]:

@@ -1,0 +1,218 @@
+"""Checks before the first step: what would waste hours is found in seconds.
+
+Guarantees: what makes a run pointless or dishonest (misaligned files, leaking splits, no room on disk) raises, naming
+where and what to do; what may be meant that way (a poor teacher, a lopsided loss) comes back as a warning record.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cvm_translator.corpus.text import make_key
+from cvm_translator.errors import CorpusError, RunFolderError
+from cvm_translator.metrics.base import FloatArray
+from cvm_translator.metrics.bertscore import derangement
+from cvm_translator.metrics.placeholders import PLACEHOLDER
+
+MAX_OFFSET = 5
+BLOCK_PAIRS = 100
+MAX_CHECKED_BLOCKS = 1000
+MIN_PAIRS_TO_TELL = 60
+MIN_SHIFT_DEVIATIONS = 4.0
+MIN_PAIRS_FOR_RANDOM = 200
+MIN_RANDOM_DEVIATIONS = 3.0
+MIN_LENGTH_SPREAD = 0.3  # of log lengths; where all texts are equally long, length says nothing
+MIN_TEACHER_BLEU = 10.0
+MAX_SIZE_RATIO = 10.0
+MIN_GRADIENT_RATIO = 0.2
+
+
+@dataclass(frozen=True)
+class PreflightWarning:
+    """Something the user should know, and may have meant."""
+
+    code: str
+    message: str
+
+
+# ------------------------------------------------------------------------------------------------------- alignment
+
+
+def find_anchors(text: str) -> frozenset[str]:
+    """What a text has in common with its translation: numbers, placeholders, related words and names."""
+    placeholders = PLACEHOLDER.findall(text)
+    plain = unicodedata.normalize("NFKD", PLACEHOLDER.sub(" ", text)).casefold()
+    plain = "".join(character for character in plain if not unicodedata.combining(character))
+    words = re.findall(r"[^\W\d_]{4,}", plain)
+    return frozenset([*placeholders, *re.findall(r"\d+", plain), *(word[:4] for word in words)])
+
+
+class _Pairs:
+    """Likeness of source i and target j: shared anchors and like length, 0..1."""
+
+    def __init__(self, sources: Sequence[str], targets: Sequence[str]) -> None:
+        self.source_anchors = [find_anchors(text) for text in sources]
+        self.target_anchors = [find_anchors(text) for text in targets]
+        self.source_lengths = np.log([len(text) + 3.0 for text in sources])
+        self.target_lengths = np.log([len(text) + 3.0 for text in targets])
+        self.usual_ratio = float(np.median(self.target_lengths - self.source_lengths))
+
+    def likeness(self, rows: np.ndarray, columns: np.ndarray) -> FloatArray:
+        lengths = np.exp(-2.0 * np.abs(self.target_lengths[columns] - self.source_lengths[rows] - self.usual_ratio))
+        shared = []
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            mine, theirs = self.source_anchors[row], self.target_anchors[column]
+            shared.append(len(mine & theirs) / max(1, min(len(mine), len(theirs))))
+        return np.asarray(0.5 * lengths + 0.5 * np.asarray(shared), dtype=np.float64)
+
+
+def _deviations(differences: FloatArray) -> float:
+    """How many standard errors the mean lies above 0."""
+    error = differences.std() / math.sqrt(len(differences))
+    return float(differences.mean() / error) if error > 0 else 0.0
+
+
+def _find_shift(pairs: _Pairs, start: int, stop: int, total: int) -> int:
+    """The offset at which the block's sources fit the targets certainly better than in place; 0 if none."""
+    rows = np.arange(start, stop)
+    in_place = pairs.likeness(rows, rows)
+    best_offset, best_gain = 0, 0.0
+    for offset in [*range(-MAX_OFFSET, 0), *range(1, MAX_OFFSET + 1)]:
+        inside = (rows + offset >= 0) & (rows + offset < total)
+        if inside.sum() < MIN_PAIRS_TO_TELL // 2:
+            continue
+        gains = pairs.likeness(rows[inside], rows[inside] + offset) - in_place[inside]
+        if _deviations(gains) > MIN_SHIFT_DEVIATIONS and gains.mean() > best_gain:
+            best_offset, best_gain = offset, float(gains.mean())
+    return best_offset
+
+
+def check_alignment(
+    sources: Sequence[str], targets: Sequence[str], name: str = "corpus.train", origins: Sequence[str] | None = None
+) -> None:
+    """Refuse a corpus whose targets belong to other sources, in all of it or in a stretch.
+
+    Blocks of pairs are compared with their neighbourhood: a block that fits better at an offset is shifted. A corpus in
+    no order has no offsets; there, pairs must at least be more alike than random ones. What is too little to tell (fewer
+    than 60 pairs; for the second check fewer than 200, or texts all equally long) passes.
+    """
+    total = len(sources)
+    if total < MIN_PAIRS_TO_TELL:
+        return
+    pairs = _Pairs(sources, targets)
+    starts = list(range(0, max(1, total - BLOCK_PAIRS // 2), BLOCK_PAIRS))
+    step = max(1, math.ceil(len(starts) / MAX_CHECKED_BLOCKS))
+    shifted = []
+    for start in starts[::step]:
+        stop = total if start + 1.5 * BLOCK_PAIRS > total else start + BLOCK_PAIRS
+        offset = _find_shift(pairs, start, stop, total)
+        if offset:
+            shifted.append((start, stop, offset))
+    if shifted:
+        start, _, offset = shifted[0]
+        where = f" ({origins[start]})" if origins else ""
+        raise CorpusError(
+            f"{name}: from about pair {start + 1:,}{where} on, sources fit the target {abs(offset)} "
+            f"{'below' if offset > 0 else 'above'} better than their own ({len(shifted)} blocks of {BLOCK_PAIRS} "
+            f"pairs): the file is shifted by {offset:+d}; look for a missing or an extra line there"
+        )
+    if total < MIN_PAIRS_FOR_RANDOM or min(pairs.source_lengths.std(), pairs.target_lengths.std()) < MIN_LENGTH_SPREAD:
+        return
+    rows = np.arange(total)
+    likeness = pairs.likeness(rows, rows)
+    random_likeness = pairs.likeness(rows, derangement(total))
+    if _deviations(likeness - random_likeness) < MIN_RANDOM_DEVIATIONS:
+        raise CorpusError(
+            f"{name}: the pairs are no more alike than random ones (likeness {likeness.mean():.3f} against "
+            f"{random_likeness.mean():.3f}): sources and targets do not belong together; check the files' order"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- leakage
+
+
+def check_leakage(splits: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    """Refuse splits (name -> pairs of source and target) that share a sentence or a near-duplicate on either side."""
+    for side, label in enumerate(("source", "target")):
+        owners: dict[str, tuple[str, int]] = {}
+        for name, pairs in splits.items():
+            for index, pair in enumerate(pairs):
+                owner, place = owners.setdefault(make_key(pair[side]), (name, index))
+                if owner != name:
+                    raise CorpusError(
+                        f"corpus: {label} {pair[side][:80]!r} of {name} (pair {index + 1:,}) is in {owner} as well "
+                        f"(pair {place + 1:,}): scores would be flattered; remove it from one of the two"
+                    )
+
+
+# -------------------------------------------------------------------------------------------------- teacher and loss
+
+
+def check_teacher(
+    teacher_scores: Mapping[str, float], num_teacher_params: int, num_student_params: int
+) -> list[PreflightWarning]:
+    """Warn of a teacher that is not worth copying, or too far from the student to be copied well."""
+    warnings = []
+    bleu = teacher_scores["bleu"]
+    if bleu < MIN_TEACHER_BLEU:
+        warnings.append(
+            PreflightWarning(
+                "poor_teacher",
+                f"the teacher reaches {bleu:.1f} BLEU on validation (under {MIN_TEACHER_BLEU:g}): a student can hardly "
+                "be better; train it longer (teacher.training.num_iterations) or load a better one",
+            )
+        )
+    ratio = num_teacher_params / num_student_params
+    if ratio > MAX_SIZE_RATIO:
+        warnings.append(
+            PreflightWarning(
+                "large_size_gap",
+                f"the teacher has {ratio:.1f} times the student's parameters ({num_teacher_params:,} against "
+                f"{num_student_params:,}): over {MAX_SIZE_RATIO:g} times, students copy badly; enlarge student.model "
+                "or distil through a model in between",
+            )
+        )
+    return warnings
+
+
+def check_loss_balance(
+    effective_targets: float, vocab_size: int, gradient_ratio: float, temperature: float
+) -> list[PreflightWarning]:
+    """Warn when the distillation term hardly moves the weights.
+
+    `effective_targets`: exp of the mean entropy of the softened teacher. `gradient_ratio`: norm of the distillation
+    term's gradient to that of the task term, both weighted.
+    """
+    if not math.isfinite(gradient_ratio) or gradient_ratio >= MIN_GRADIENT_RATIO:
+        return []
+    return [
+        PreflightWarning(
+            "weak_distillation",
+            f"at distillation.temperature {temperature:g} the teacher spreads over {effective_targets:,.0f} of "
+            f"{vocab_size:,} targets and its gradient is {gradient_ratio:.2f} of the task's (under "
+            f"{MIN_GRADIENT_RATIO:g}): the student hardly learns from it; lower the temperature (small models: 1 or 2)",
+        )
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- disk
+
+
+def check_disk(path: Path, needed_bytes: int) -> int:
+    """Free bytes where `path` is or will be; RunFolderError if they are fewer than needed."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise RunFolderError(
+            f"output_dir {path}: the run needs about {needed_bytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
+            "free: make room or choose another folder"
+        )
+    return free
