@@ -76,7 +76,7 @@ def _run(options: Options) -> int:
 
 
 def _run_pipeline(config: RunConfig, options: Options) -> int:
-    from cvm_translator.pipeline import run_pipeline
+    from cvm_translator.pipeline.distiller import run_pipeline
 
     report = run_pipeline(config, progress=not options.no_progress)
     exit_code: int = report["exit_code"]
@@ -118,7 +118,8 @@ def _resume(options: Options) -> int:
 
 
 def _status(options: Options) -> int:
-    from cvm_translator.observe.status import format_status, read_status
+    from cvm_translator.observe.describe import format_status
+    from cvm_translator.observe.status import read_status
 
     status = read_status(options.run_dir)
     print(json.dumps(status, indent=2, default=str) if options.json else format_status(status))
@@ -129,8 +130,15 @@ def _status(options: Options) -> int:
 def _monitor(options: Options) -> int:
     from cvm_translator.observe.monitor import main as monitor
 
-    exit_code: int = monitor(options.run_dir, once=options.once, json=options.json)
-    return exit_code
+    if not options.once:
+        os.nice(5)  # a run on a busy machine goes first
+    return monitor(
+        options.run_dir,
+        once=options.once,
+        as_json=options.json,
+        report_every_seconds=options.report_every,
+        refresh_seconds=options.refresh,
+    )
 
 
 def _report(options: Options) -> int:
@@ -278,7 +286,15 @@ def _positive(text: str) -> int:
     return number
 
 
-_positive.__name__ = "number from 1 up"
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
+# what argparse calls a bad value of theirs
+_positive.__name__, _seconds.__name__ = "number from 1 up", "number of seconds above 0"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -308,12 +324,18 @@ def build_parser() -> argparse.ArgumentParser:
     monitor = add("monitor", _monitor, "watch a run, alert, and write status reports")
     for command in (status, stop, resume, monitor):
         command.add_argument("run_dir", type=Path, nargs="?", default=DEFAULT_RUN_DIR, metavar="RUN_DIR")
-    stop.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait (default 120)")
+    stop.add_argument(
+        "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="how long to wait (default 120)"
+    )
     resume.add_argument("--foreground", action="store_true", help="in this terminal")
     resume.add_argument("--no-progress", action="store_true", help="no progress display (in the foreground)")
     status.add_argument("--json", action="store_true", help="as JSON")
-    monitor.add_argument("--once", action="store_true", help="look once, write the reports and leave")
-    monitor.add_argument("--json", action="store_true", help="events as JSON lines instead of the display")
+    monitor.add_argument("--once", action="store_true", help="print the state and leave, with the exit code of status")
+    monitor.add_argument("--json", action="store_true", help="JSON instead of text: one object, or one a line")
+    monitor.add_argument(
+        "--report-every", type=_seconds, default=300.0, metavar="SECONDS", help="write monitor/status_report so often"
+    )
+    monitor.add_argument("--refresh", type=_seconds, default=1.0, metavar="SECONDS", help="look at the files so often")
 
     report = add("report", _report, "write the comparison report of a run again")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")

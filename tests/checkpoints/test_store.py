@@ -321,6 +321,34 @@ def test_killed_at_every_write_point(tmp_path: Path, is_replay: bool, killed_bef
     pytest.fail("the save never ended")
 
 
+def test_everything_is_durable_before_anything_points_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut could reorder: files, manifest, folder; then the name; then the links; then old ones go."""
+    trainer = Trainer(tmp_path, keep=2)
+    for step in (1, 2):
+        trainer.save(step)
+    trace: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+    files = {"model.safetensors", "ema.safetensors", "optimizer.pt", "rng.pt", "state.json"}
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (trace.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))
+    )
+    monkeypatch.setattr(os, "rename", lambda a, b: (trace.append(f"-> {Path(b).name}"), rename(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (trace.append(f"-> {Path(b).name}"), replace(a, b)))
+    trainer.save(3, is_best=True)
+    assert set(trace[:5]) == files
+    assert trace[5:] == [
+        "manifest.json",
+        ".tmp-checkpoint_3",
+        "-> checkpoint_3",
+        tmp_path.name,
+        "-> latest",
+        tmp_path.name,
+        "-> best_model",
+        tmp_path.name,
+        "-> .tmp-removed-checkpoint_1",
+    ]
+
+
 def test_no_room_at_any_size_leaves_the_old_checkpoints(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path)
     trainer.save(1, is_best=True)
