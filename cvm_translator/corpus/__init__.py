@@ -1,0 +1,1 @@
+"""Text in, clean and split pairs of sentences out: readers, cleaning, splits, tokenizer and data sets."""

@@ -1,0 +1,305 @@
+"""The corpus stage: sources in; clean, split, hashed files out.
+
+Guarantees: the folder holds train, validation, test and unseen .tsv (source, target, origin), quarantine.tsv,
+filters.json, and manifest.json, which is written last: without it the corpus does not exist. A second build with
+unchanged inputs and intact outputs reads nothing and says `reused`.
+Refuses (CorpusError): an input that changed since the manifest was written, too many malformed rows, an empty corpus.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cvm_translator.config.schema import CorpusConfig, GettextSource, Source
+from cvm_translator.corpus.cleaning import FILTERS, Cleaner
+from cvm_translator.corpus.manifest import (
+    Manifest,
+    describe_source,
+    hash_inputs,
+    read_manifest,
+    write_manifest,
+)
+from cvm_translator.corpus.packages import fetch_packages, find_cache_dir
+from cvm_translator.corpus.readers import ReaderContext, read_source
+from cvm_translator.corpus.records import BadRow, Pair, Skipped
+from cvm_translator.corpus.splits import check_disjoint, choose_sample, compute_keys, find_shared, hold_out, take
+from cvm_translator.errors import CorpusError
+from cvm_translator.runs.atomic import sha256_file, write_json, write_stream
+
+Report = Callable[[str], None]
+ROLES: tuple[str, ...] = ("train", "validation", "test", "unseen")
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """What a build made (or found)."""
+
+    directory: Path
+    reused: bool
+    sizes: dict[str, int]
+    """Pairs in each split."""
+    filters: dict[str, int]
+    """Pairs dropped by each filter, over all sources, in order."""
+    quarantine: dict[str, int]
+    """Malformed rows by reason."""
+    sha256: str
+    """Hash over the hashes of all outputs: the identity of this corpus."""
+
+
+@dataclass
+class _Tally:
+    """Counts of one source, for filters.json."""
+
+    role: str
+    source: str
+    num_read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    quarantined: Counter[str] = field(default_factory=Counter)
+    num_kept: int = 0
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "role": self.role,
+            "source": self.source,
+            "num_read": self.num_read,
+            "dropped": {name: self.dropped[name] for name in FILTERS if self.dropped[name]},
+            "quarantined": dict(sorted(self.quarantined.items())),
+            "num_kept": self.num_kept,
+        }
+
+
+def build_corpus(
+    config: CorpusConfig, directory: Path, *, seed: int, base_dir: Path, report: Report, rebuild: bool = False
+) -> CorpusSummary:
+    """Build the corpus in `directory`, or reuse what is there; `rebuild` forgets what is there."""
+    previous = None if rebuild else read_manifest(directory)
+    inputs = hash_inputs(config, base_dir, seed)
+    if previous is not None:
+        previous.check_inputs(inputs, directory)
+        damaged = previous.find_damaged(directory)
+        if not damaged:
+            report(f"corpus: reused {directory} ({_describe_sizes(previous.sizes)})")
+            return _summarise(directory, previous, reused=True)
+        report(f"corpus: {', '.join(damaged)} in {directory} missing or damaged, building again")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "manifest.json").unlink(missing_ok=True)
+
+    context = _make_context(config, base_dir, report)
+    _fetch_all_packages(config, context)
+    pools, tallies, quarantine = _read_pools(config, directory, context)
+    splits, split_drops = _split(config, pools, seed)
+    check_disjoint(splits)
+
+    for name in ROLES:
+        _write_pairs(directory / f"{name}.tsv", splits[name])
+    total = Counter[str]()
+    for tally in tallies:
+        total.update(tally.dropped)
+    ordered = {name: total[name] for name in FILTERS if total[name]} | split_drops
+    sizes = {name: len(pairs) for name, pairs in splits.items()}
+    plain = {"order": list(FILTERS), "sources": [tally.to_plain() for tally in tallies]}
+    plain |= {"total": ordered, "quarantine": dict(quarantine.most_common()), "sizes": sizes}
+    write_json(directory / "filters.json", plain)
+    if hash_inputs(config, base_dir, seed) != inputs:
+        raise CorpusError("corpus: an input file changed while it was read: build again")
+    outputs = {
+        name: sha256_file(directory / name)
+        for name in (*(f"{role}.tsv" for role in ROLES), "quarantine.tsv", "filters.json")
+    }
+    manifest = Manifest(inputs, outputs, sizes, ordered, dict(quarantine.most_common()))
+    write_manifest(directory, manifest)
+    _report_counts(tallies, ordered, quarantine, sizes, report)
+    return _summarise(directory, manifest, reused=False)
+
+
+def load_split(directory: Path, name: str) -> list[Pair]:
+    """The pairs of a split, after comparing its hash with the manifest."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise CorpusError(f"{directory} is no corpus: it has no manifest.json; build it with `corpus build`")
+    path = directory / f"{name}.tsv"
+    if path.name not in manifest.outputs:
+        raise CorpusError(f"{directory} has no split {name!r}: known are {', '.join(ROLES)}")
+    if manifest.find_damaged(directory, [path.name]):
+        raise CorpusError(f"{path} differs from its hash in manifest.json: it was changed or damaged; build it again")
+    with open(path, encoding="utf-8", newline="\n") as stream:
+        return [Pair(*line.rstrip("\n").split("\t")) for line in stream]
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _make_context(config: CorpusConfig, base_dir: Path, report: Report) -> ReaderContext:
+    return ReaderContext(
+        source_language=config.source_language,
+        target_language=config.target_language,
+        base_dir=base_dir,
+        cache_dir=find_cache_dir(config.cache_dir, base_dir),
+        max_line_bytes=config.cleaning.max_line_bytes,
+        report=report,
+    )
+
+
+def _fetch_all_packages(config: CorpusConfig, context: ReaderContext) -> None:
+    sources = (source for role in ROLES for source in getattr(config, role) if isinstance(source, GettextSource))
+    fetch_packages([package for source in sources for package in source.packages], context.cache_dir, context.report)
+
+
+def _one_by_one(source: Source) -> Iterator[Source]:
+    """A source of many packages as many sources, each counted by itself."""
+    if isinstance(source, GettextSource) and source.packages:
+        for package in source.packages:
+            yield source.model_copy(update={"packages": [package]})
+    else:
+        yield source
+
+
+def _read_pools(
+    config: CorpusConfig, directory: Path, context: ReaderContext
+) -> tuple[dict[str, list[Pair]], list[_Tally], Counter[str]]:
+    """Clean pairs of each role; malformed rows stream into quarantine.tsv."""
+    pools: dict[str, list[Pair]] = {role: [] for role in ROLES}
+    tallies: list[_Tally] = []
+
+    def fill(stream: Any) -> None:
+        stream.write(b"origin\treason\ttext\n")
+        for role in ROLES:
+            cleaner = Cleaner(config.cleaning, config.source_language, config.target_language)
+            for source in getattr(config, role):
+                for part in _one_by_one(source):
+                    tally = _Tally(role, describe_source(part))
+                    tallies.append(tally)
+                    pools[role] += _read_one(part, cleaner, tally, stream, context)
+
+    write_stream(directory / "quarantine.tsv", fill)
+    quarantine = Counter[str]()
+    for tally in tallies:
+        quarantine.update(tally.quarantined)
+    for role in ROLES:
+        _check_role(role, config, pools[role], [tally for tally in tallies if tally.role == role], directory)
+    return pools, tallies, quarantine
+
+
+def _read_one(
+    source: Source, cleaner: Cleaner, tally: _Tally, quarantine: Any, context: ReaderContext
+) -> Iterator[Pair]:
+    before = cleaner.counts.copy()
+    for record in read_source(source, context):
+        tally.num_read += 1
+        if isinstance(record, BadRow):
+            tally.quarantined[record.reason] += 1
+            row = f"{record.origin}\t{record.reason}\t{record.excerpt}\n"
+            quarantine.write(row.encode("utf-8", "replace"))
+        elif isinstance(record, Skipped):
+            tally.dropped[record.reason] += 1
+        elif (pair := cleaner.clean(record)) is not None:
+            tally.num_kept += 1
+            yield pair
+    tally.dropped.update(cleaner.counts - before)
+
+
+def _check_role(role: str, config: CorpusConfig, pairs: list[Pair], tallies: Iterable[_Tally], directory: Path) -> None:
+    """Refuse a role that is malformed beyond the allowed share, or empty although it has sources."""
+    tallies = list(tallies)
+    num_read = sum(tally.num_read for tally in tallies)
+    reasons = Counter[str]()
+    for tally in tallies:
+        reasons.update(tally.quarantined)
+    num_bad = reasons.total()
+    counts = ", ".join(f"{name} {count}" for name, count in reasons.most_common())
+    allowed = config.cleaning.max_quarantine_share
+    if num_bad > allowed * num_read:
+        raise CorpusError(
+            f"corpus.{role}: {num_bad} of {num_read} rows are malformed ({counts}), more than max_quarantine_share "
+            f"{allowed:g}: see {directory / 'quarantine.tsv'} and mend the files, or raise the share"
+        )
+    if tallies and not pairs:
+        names = ", ".join(tally.source for tally in tallies[:3])
+        dropped = Counter[str]()
+        for tally in tallies:
+            dropped.update(tally.dropped)
+        why = f"; dropped: {', '.join(f'{n} {c}' for n, c in dropped.most_common())}" if dropped else ""
+        raise CorpusError(f"corpus.{role}: no clean pairs in {names} ({num_read} rows read{why}): the corpus is empty")
+
+
+# ----------------------------------------------------------------------------------------------------------- splitting
+
+
+def _split(
+    config: CorpusConfig, pools: dict[str, list[Pair]], seed: int
+) -> tuple[dict[str, list[Pair]], dict[str, int]]:
+    """The final splits, and how many pairs were dropped to keep them apart.
+
+    Test goes before validation, validation before train. Unseen comes last: a pair of it that resembles any other
+    split is dropped from it, so that training loses nothing and the domain is truly unseen.
+    """
+    drops: dict[str, int] = {}
+    keys = {role: compute_keys(pools[role]) for role in ROLES}
+
+    def drop_shared(role: str, other: str, reason: str) -> None:
+        if not pools[role] or not pools[other]:
+            return
+        shared = find_shared(keys[role], keys[other])
+        if shared.any():
+            drops[reason] = int(shared.sum())
+            pools[role] = take(pools[role], (~shared).nonzero()[0].tolist())
+            keys[role] = keys[role][~shared]
+
+    drop_shared("validation", "test", "validation_shared_with_test")
+    drop_shared("train", "test", "leaks_into_test")
+    drop_shared("train", "validation", "leaks_into_validation")
+    sizes = {"validation": config.validation_size, "test": config.test_size}
+    sizes = {name: size for name, size in sizes.items() if not getattr(config, name)}
+    for role in ("test", "validation", "train"):
+        drop_shared("unseen", role, f"unseen_shared_with_{role}")
+
+    held_out, rest, left_over = hold_out(pools["train"], keys["train"], sizes, seed)
+    if left_over:
+        drops["left_over_of_held_out_groups"] = len(left_over)
+    splits = {role: take(pools["train"], held_out[role]) if role in held_out else pools[role] for role in ROLES}
+    splits["train"] = take(pools["train"], rest)
+    splits["unseen"] = choose_sample(pools["unseen"], config.unseen_size, seed)
+    for role in ROLES:
+        if not splits[role] and (getattr(config, role) or role in sizes):
+            raise CorpusError(
+                f"corpus.{role}: nothing is left once the pairs shared with other splits are dropped ({drops}): "
+                "name other text for it"
+            )
+    return splits, drops
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def _write_pairs(path: Path, pairs: list[Pair]) -> None:
+    def fill(stream: Any) -> None:
+        for pair in pairs:
+            origin = " ".join(pair.origin.split())
+            stream.write(f"{pair.source}\t{pair.target}\t{origin}\n".encode())
+
+    write_stream(path, fill)
+
+
+def _describe_sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+
+
+def _report_counts(
+    tallies: list[_Tally], filters: dict[str, int], quarantine: Counter[str], sizes: dict[str, int], report: Report
+) -> None:
+    report(f"corpus: read {sum(tally.num_read for tally in tallies):,} rows from {len(tallies)} sources")
+    for name, count in filters.items():
+        report(f"corpus: dropped {count:,} {name.replace('_', ' ')}")
+    for name, count in quarantine.most_common():
+        report(f"corpus: quarantined {count:,} {name.replace('_', ' ')}")
+    report(f"corpus: {_describe_sizes(sizes)} pairs")
+
+
+def _summarise(directory: Path, manifest: Manifest, *, reused: bool) -> CorpusSummary:
+    return CorpusSummary(
+        directory, reused, dict(manifest.sizes), dict(manifest.filters), dict(manifest.quarantine), manifest.sha256
+    )

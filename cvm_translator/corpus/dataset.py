@@ -1,0 +1,157 @@
+"""Pairs as flat token arrays, and batches of them as padded tensors.
+
+Memory: 4 bytes per token and 8 per sentence and side, whatever the number of sentences.
+Layout of a batch (ids: bos 0, pad 1, eos 2): the source ends with eos; the decoder's input starts with eos and its
+expected output ends with eos, so both have one position more than the target has tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cvm_translator.corpus.records import Pair
+from cvm_translator.corpus.tokenizer import EOS_ID, PAD_ID, Tokenizer
+
+ENCODE_CHUNK = 10_000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of some sentences."""
+
+    src: torch.Tensor
+    """(B, S) source tokens and eos, padded with 1."""
+    src_mask: torch.Tensor
+    """(B, S) True at real tokens, eos included."""
+    tgt_in: torch.Tensor
+    """(B, T) eos and target tokens."""
+    tgt_out: torch.Tensor
+    """(B, T) target tokens and eos."""
+    num_tokens: int
+    """Real target tokens, eos included: the tokens over which losses are averaged."""
+
+    def __len__(self) -> int:
+        return self.src.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin(self) -> Batch:
+        """Copy into page-locked memory, from which a GPU fetches without waiting."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(
+            change(self.src), change(self.src_mask), change(self.tgt_in), change(self.tgt_out), self.num_tokens
+        )
+
+    def split(self, num_parts: int) -> list[Batch]:
+        """Micro-batches of nearly equal sentence counts, in order, without needless padding."""
+        bounds = np.linspace(0, len(self), min(num_parts, len(self)) + 1).round().astype(int).tolist()
+        return [self._cut(begin, end) for begin, end in pairwise(bounds)]
+
+    def _cut(self, begin: int, end: int) -> Batch:
+        real = self.tgt_out[begin:end] != PAD_ID
+        src_end = int(self.src_mask[begin:end].sum(1).max())
+        tgt_end = int(real.sum(1).max())
+        return Batch(
+            self.src[begin:end, :src_end],
+            self.src_mask[begin:end, :src_end],
+            self.tgt_in[begin:end, :tgt_end],
+            self.tgt_out[begin:end, :tgt_end],
+            int(real.sum()),
+        )
+
+
+@dataclass(frozen=True)
+class _Side:
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    def __getitem__(self, index: int) -> NDArray[np.int32]:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+
+class DistillationDataset:
+    """Tokenised sentence pairs."""
+
+    def __init__(
+        self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], max_length: int | None = None
+    ) -> None:
+        """Build from ids without marks; pairs with a side over `max_length` tokens, eos included, are dropped."""
+        if len(sources) != len(targets):
+            raise ValueError(f"{len(sources)} sources but {len(targets)} targets")
+        limit = max_length - 1 if max_length is not None else 1 << 30
+        fits = [
+            index for index, (s, t) in enumerate(zip(sources, targets, strict=True)) if max(len(s), len(t)) <= limit
+        ]
+        self.kept: NDArray[np.int64] = np.array(fits, dtype=np.int64)
+        """Indices of the kept pairs in the input."""
+        self.num_dropped = len(sources) - len(fits)
+        self._source = _flatten([sources[index] for index in fits])
+        self._target = _flatten([targets[index] for index in fits])
+        self.lengths: NDArray[np.int64] = np.stack([self._source.lengths, self._target.lengths], axis=1)
+        """(N, 2) tokens of source and target, without marks."""
+
+    @classmethod
+    def from_pairs(
+        cls, pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int | None = None
+    ) -> DistillationDataset:
+        """Tokenise pairs; over-long ones are dropped and counted."""
+        sources: list[NDArray[np.int32]] = []
+        targets: list[NDArray[np.int32]] = []
+        for begin in range(0, len(pairs), ENCODE_CHUNK):
+            chunk = pairs[begin : begin + ENCODE_CHUNK]
+            sources += (np.array(ids, dtype=np.int32) for ids in tokenizer.encode([pair.source for pair in chunk]))
+            targets += (np.array(ids, dtype=np.int32) for ids in tokenizer.encode([pair.target for pair in chunk]))
+        return cls(sources, targets, max_length)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self._source.offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Source and target ids of one pair, without marks."""
+        return self._source[index], self._target[index]
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The pairs at `indices`, in that order, padded to the longest."""
+        lengths = self.lengths[np.asarray(indices)]
+        num_rows, source_end, target_end = len(lengths), int(lengths[:, 0].max()) + 1, int(lengths[:, 1].max()) + 1
+        src = np.full((num_rows, source_end), PAD_ID, dtype=np.int64)
+        tgt_in = np.full((num_rows, target_end), PAD_ID, dtype=np.int64)
+        tgt_out = np.full((num_rows, target_end), PAD_ID, dtype=np.int64)
+        tgt_in[:, 0] = EOS_ID
+        for row, index in enumerate(indices):
+            source, target = self._source[int(index)], self._target[int(index)]
+            src[row, : len(source)] = source
+            src[row, len(source)] = EOS_ID
+            tgt_in[row, 1 : len(target) + 1] = target
+            tgt_out[row, : len(target)] = target
+            tgt_out[row, len(target)] = EOS_ID
+        src_mask = np.arange(source_end) <= lengths[:, :1]
+        return Batch(
+            torch.from_numpy(src),
+            torch.from_numpy(src_mask),
+            torch.from_numpy(tgt_in),
+            torch.from_numpy(tgt_out),
+            int(lengths[:, 1].sum()) + num_rows,
+        )
+
+
+def _flatten(rows: Sequence[Sequence[int]]) -> _Side:
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    tokens = np.empty(int(offsets[-1]), dtype=np.int32)
+    for index, row in enumerate(rows):
+        tokens[offsets[index] : offsets[index + 1]] = row
+    return _Side(tokens, offsets)
