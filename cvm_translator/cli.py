@@ -267,12 +267,10 @@ def _corpus_build(options: Options) -> int:
         summary = build_corpus(
             config.corpus, layout.corpus, seed=config.seed, base_dir=options.config.absolute().parent, report=_tell
         )
-    for title, counts in (
-        ("pairs", summary.sizes),
-        ("dropped by", summary.filters),
-        ("quarantined for", summary.quarantine),
-    ):
-        print(title, *(f"  {name:<24}{count:>9}" for name, count in counts.items()), sep="\n")
+    tables = {"pairs": summary.sizes, "dropped by": summary.filters, "quarantined for": summary.quarantine}
+    for title, counts in tables.items():
+        if counts:
+            print(title, *(f"  {name:<24}{count:>9}" for name, count in counts.items()), sep="\n")
     return EXIT_OK
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from cvm_translator.cli import main, translate_stream
 from cvm_translator.errors import CvmError
+from cvm_translator.runs.lock import RunLock
 
 PROGRAM = [sys.executable, "-m", "cvm_translator"]
 
@@ -151,6 +152,50 @@ def test_module_and_monitor_script_are_the_program() -> None:
 def test_status_of_nothing_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path), "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["state"] == "never_started"
+
+
+# ------------------------------------------------------------------------------------------------------------- corpus
+
+SUBJECTS = {
+    "Die Datei": "The file",
+    "Das Fenster": "The window",
+    "Der Ordner": "The folder",
+    "Das Konto": "The account",
+}
+PREDICATES = {
+    "wurde gestern von der Verwaltung gelöscht": "was deleted by the administration yesterday",
+    "ist für alle Benutzer sichtbar": "is visible to all of the users",
+    "kann nicht geöffnet werden": "cannot be opened at this time",
+    "muss noch einmal geprüft werden": "has to be checked once more",
+}
+
+
+def write_corpus_config(directory: Path) -> Path:
+    pairs = [f"{a} {c}.\t{b} {d}.\n" for a, b in SUBJECTS.items() for c, d in PREDICATES.items()]
+    (directory / "train.tsv").write_text("".join([*pairs, pairs[0]]), encoding="utf-8")
+    config = directory / "config.yaml"
+    config.write_text("corpus: {train: [{format: tsv, path: train.tsv}], validation_size: 2, test_size: 2}\n")
+    return config
+
+
+def test_corpus_build_prints_what_each_filter_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["corpus", "build", str(write_corpus_config(tmp_path)), "--output-dir", str(tmp_path / "run")]
+    command += ["--set", "corpus.test_size=3"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    numbers = {line.split()[0]: int(line.split()[1]) for line in first.splitlines() if line.startswith("  ")}
+    assert (numbers["validation"], numbers["test"]) == (2, 3)
+    assert sum(numbers.values()) == 17
+    assert (tmp_path / "run" / "corpus" / "train.tsv").read_bytes().count(b"\n") == numbers["train"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_corpus_config(tmp_path)
+    with RunLock(tmp_path / "run" / "run.lock"):
+        assert main(["corpus", "build", str(config), "--output-dir", str(tmp_path / "run")]) == 1
+    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- translation
