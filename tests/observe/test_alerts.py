@@ -1,0 +1,70 @@
+"""An alert is told once, by this monitor and by the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cvm_translator.observe.alerts import AlertBook, alerts_of_event, alerts_of_status
+from cvm_translator.observe.history import read_history
+from cvm_translator.observe.status import read_status
+from cvm_translator.runs.events import read_events
+
+
+def _names(root: Path) -> list[str]:
+    return [alert.name for event in read_events(root / "logs" / "events.jsonl") for alert in alerts_of_event(event)]
+
+
+def test_alerts_of_a_run_with_a_rollback(make_run: Callable[..., Path]) -> None:
+    assert _names(make_run()) == ["degradation", "rollback", "finished"]
+    assert _names(make_run("healthy", rollback=False)) == ["finished"]
+    assert _names(make_run("failed", until="failed")) == ["degradation", "rollback", "failed"]
+
+
+def test_alerts_of_the_end() -> None:
+    def names(**fields: Any) -> list[str]:
+        return [alert.name for alert in alerts_of_event({"kind": "run_finished", "time": "t", **fields})]
+
+    assert names(gate_passed=True) == ["finished"]
+    assert names(gate_passed=False, halted=True) == ["halted", "gate_failed", "finished"]
+
+
+def test_each_is_told_once(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    path = root / "monitor" / "alerts.log"
+    alerts = [alert for event in read_events(root / "logs" / "events.jsonl") for alert in alerts_of_event(event)]
+    alerts += alerts_of_status(read_status(root))
+    assert [alert.name for alert in alerts] == ["degradation", "rollback", "dead_process"]
+    book = AlertBook(path)
+    assert len(book.tell(alerts + alerts)) == 3
+    assert book.tell(alerts) == []
+    assert AlertBook(path).tell([*alerts, *alerts_of_status(read_status(root))]) == []
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_dead_process_after_a_resume_is_news(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    book = AlertBook(root / "monitor" / "alerts.log")
+    assert len(book.tell(alerts_of_status(read_status(root)))) == 1
+    with open(root / "logs" / "events.jsonl", "a") as stream:
+        stream.write('{"kind": "run_started", "time": "2026-03-02T08:00:00+00:00", "pid": 77, "step": null}\n')
+    assert len(book.tell(alerts_of_status(read_status(root)))) == 1
+    assert read_history(root / "logs" / "events.jsonl").lifecycle == {
+        "kind": "run_started", "time": "2026-03-02T08:00:00+00:00", "pid": 77, "step": None,
+    }  # fmt: skip
+
+
+def test_the_log_is_one_printable_line_an_alert(make_run: Callable[..., Path]) -> None:
+    root = make_run()
+    event = {"kind": "failed", "time": "a b\nc", "message": "x\ny\x1b[0m: z"}
+    AlertBook(root / "monitor" / "alerts.log").tell(alerts_of_event(event))
+    (line,) = (root / "monitor" / "alerts.log").read_text().splitlines()
+    assert line == "a_b\\nc CRITICAL failed/a_b\\nc: failed: x\\ny\\x1b[0m: z"
+    assert AlertBook(root / "monitor" / "alerts.log").tell(alerts_of_event(event)) == []
+
+
+def test_no_folder_is_made_for_a_run_that_is_gone(tmp_path: Path) -> None:
+    book = AlertBook(tmp_path / "gone" / "monitor" / "alerts.log")
+    assert len(book.tell(alerts_of_event({"kind": "failed", "time": "t", "message": "m"}))) == 1
+    assert not (tmp_path / "gone").exists()

@@ -1,0 +1,147 @@
+"""Every state a run can be in, told from its files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvm_translator.observe.history import read_history
+from cvm_translator.observe.status import format_status, read_status, summarise
+from cvm_translator.runs.layout import RunLayout
+from cvm_translator.runs.lock import RunLock
+
+
+@pytest.mark.parametrize(
+    ("until", "state", "exit_code"),
+    [("run_finished", "done", 0), ("stopped", "stopped", 3), ("failed", "failed", 4), ("distil", "dead", 3)],
+)
+def test_states_of_a_run_without_a_process(
+    make_run: Callable[..., Path], until: str, state: str, exit_code: int
+) -> None:
+    status = read_status(make_run(until=until))
+    assert (status["state"], status["exit_code"]) == (state, exit_code)
+    assert ("dead_process" in [note["code"] for note in status["health"]]) == (state == "dead")
+    assert json.loads(json.dumps(status)) == status
+
+
+def test_a_held_lock_means_running(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    with RunLock(root / "run.lock"):
+        status = read_status(root)
+    assert (status["state"], status["exit_code"]) == ("running", 0)
+    assert read_status(root)["state"] == "dead"
+
+
+def test_no_folder_is_a_state_and_stays_away(tmp_path: Path) -> None:
+    status = read_status(tmp_path / "nowhere")
+    assert (status["state"], status["exit_code"]) == ("never_started", 3)
+    assert "no run in" in format_status(status)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_figures(make_run: Callable[..., Path]) -> None:
+    status = read_status(make_run())
+    assert (status["stage"], status["step"], status["num_iterations"], status["attempt"]) == ("distil", 1000, 1000, 2)
+    assert status["executed_steps"] == 1100
+    assert status["best_step"] == 1000 and status["verdict"]["verdict"] == "improved"
+    assert [(r["from_step"], r["to_step"]) for r in status["rollbacks"]] == [(700, 600)]
+    assert status["validation"]["scores"]["bleu"] == pytest.approx(33.1, abs=1.0)
+    assert status["validation"]["teacher_scores"]["bleu"] == 34.6
+    assert status["losses"]["recent_loss"] == pytest.approx(1.4, abs=0.2)
+    assert status["steps_per_second"] == 2.5
+    assert status["result"] == {
+        "time": status["result"]["time"], "exit_code": 0, "gate_passed": True, "halted": False, "executed_steps": 1100,
+        "seconds": 5210.0,
+    }  # fmt: skip
+    text = format_status(status)
+    for part in ("done in 1 h 26 min", "1,000 of 1,000", "BLEU", "teacher 34.60", "700 -> 600"):
+        assert part in text
+
+
+def test_a_restart_after_the_end_is_a_new_state(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="failed")
+    with open(root / "logs" / "events.jsonl", "a") as stream:
+        stream.write(
+            json.dumps({"kind": "run_started", "time": "2026-03-02T08:00:00+00:00", "pid": 1, "step": None}) + "\n"
+        )
+    assert read_status(root)["state"] == "dead"
+
+
+def _running(root: Path, now: float, **options: Any) -> list[str]:
+    layout = RunLayout(root)
+    history = read_history(layout.events)
+    status = summarise(layout, history, {"pid": 1}, now, **options)
+    return [note["code"] for note in status["health"]]
+
+
+def _cut_after_step(root: Path, step: int) -> float:
+    """Leave the diary as it was right after a step of the distillation; returns the time of that."""
+    path = root / "logs" / "events.jsonl"
+    kept: list[str] = []
+    for line in path.read_text().splitlines():
+        kept.append(line)
+        event = json.loads(line)
+        if event["kind"] == "train" and event["stage"] == "distil" and event["step"] == step:
+            break
+    path.write_text("\n".join(kept) + "\n")
+    return datetime.fromisoformat(json.loads(kept[-1])["time"]).timestamp()
+
+
+def test_a_stalled_step_is_noted(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    last = _cut_after_step(root, 550)
+    assert _running(root, last + 50) == []
+    assert _running(root, last + 70) == ["stalled_step"]
+    assert _running(root, last - 86400) == []  # the wall clock went back
+    assert _running(root, last + 86400, idle_seconds=3.0) == []  # and forth: the monotonic clock knows better
+
+
+def test_a_validation_that_is_due_is_no_stall(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    last = _cut_after_step(root, 500)  # validated every 100; one takes 31 s here
+    assert _running(root, last + 70) == []
+    assert _running(root, last + 120) == ["stalled_step"]
+
+
+def test_heartbeats_without_a_new_step_do_not_hide_a_stall(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    last = _cut_after_step(root, 550)
+    with open(root / "logs" / "events.jsonl", "a") as stream:
+        for seconds in range(5, 90, 5):
+            moment = datetime.fromtimestamp(last + seconds, UTC).isoformat()
+            event = {"kind": "progress", "stage": "distil", "step": 550, "time": moment, "steps_per_second": 2.5}
+            stream.write(json.dumps(event) + "\n")
+    assert _running(root, last + 90) == ["stalled_step"]
+
+
+def test_low_disk_is_noted(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_run(until="distil")
+    monkeypatch.setattr("cvm_translator.observe.status.free_bytes", lambda path: 100_000_000)
+    assert "low_disk" in _running(root, time.time())
+
+
+def test_messages_of_a_run_cannot_drive_the_terminal(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    with open(root / "logs" / "events.jsonl", "a") as stream:
+        stream.write(json.dumps({"kind": "failed", "message": "\x1b]0;owned\x07\u202e", "time": "x"}) + "\n")
+    text = format_status(read_status(root))
+    assert "\x1b" not in text and "\\x1b]0;owned\\x07\\u202e" in text
+
+
+def test_status_starts_light(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    code = (
+        "import sys; from cvm_translator.observe.status import read_status, format_status;"
+        f"format_status(read_status({str(root)!r}));"
+        "print([m for m in ('torch', 'pydantic', 'matplotlib', 'rich', 'jinja2', 'apscheduler') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
