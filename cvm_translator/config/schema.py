@@ -135,6 +135,8 @@ class CorpusConfig(Settings):
     """If empty, `test_size` sentences are held out from `train`."""
     unseen: list[Source] = Field(default_factory=list)
     """A domain that training never sees; scored in the report."""
+    split_seed: int = Field(13, ge=0)
+    """Draws the held-out sentences; apart from `seed`, so that runs with several seeds share one split."""
     validation_size: PositiveInt = 2000
     test_size: PositiveInt = 2000
     unseen_size: PositiveInt = 1000
@@ -243,6 +245,8 @@ class TeacherConfig(Settings):
     """Model folder, for kind checkpoint."""
     model: ModelConfig = ModelConfig(encoder_layers=6, decoder_layers=3, dropout=0.2)
     training: TeacherTrainingConfig = TeacherTrainingConfig()
+    seed: int = Field(13, ge=0)
+    """Of the teacher's start and data order; apart from the run's `seed`, so that several students share a teacher."""
     cache_dir: Path | None = None
     """A folder in which trained teachers are shared between runs by the hash of their inputs; default: none shared."""
 
@@ -371,6 +375,7 @@ class RunConfig(Settings):
     """A whole run, as in the YAML file."""
 
     seed: int = Field(13, ge=0)
+    """Of the student's start and data order; the corpus split and the teacher have their own."""
     output_dir: Path = Path("distillation_output")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     num_threads: PositiveInt | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +56,8 @@ class EventWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = open(path, "ab")  # noqa: SIM115 (lives as long as the writer)
         self._buffer: list[bytes] = []
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Called with each event as it is made: the log, the progress display and TensorBoard hang on here."""
         if self._stream.tell() and not _ends_with_newline(path):
             self._stream.write(b"\n")
 
@@ -69,8 +71,11 @@ class EventWriter:
         assert kind in KINDS, kind
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         event = {"schema_version": SCHEMA_VERSION, "time": time, "kind": kind, "step": step, "attempt": attempt}
-        line = json.dumps(event | _plain(fields), ensure_ascii=False, allow_nan=False, default=str)
+        event |= _plain(fields)
+        line = json.dumps(event, ensure_ascii=False, allow_nan=False, default=str)
         self._buffer.append(line.encode("utf-8", "backslashreplace") + b"\n")
+        for listener in self.listeners:
+            listener(event)
 
     def flush(self, *, sync: bool = False) -> None:
         """Hand buffered events to the operating system; with `sync`, to the disk."""

@@ -1,0 +1,7 @@
+"""The stages of a run and the run itself."""
+
+from __future__ import annotations
+
+from cvm_translator.pipeline.distiller import ModelDistiller, run_pipeline
+
+__all__ = ["ModelDistiller", "run_pipeline"]

@@ -1,0 +1,152 @@
+"""A whole run: corpus, tokenizer, teacher, distillation under the guard, quantised student, gate, report.
+
+`ModelDistiller(config).run_distillation()` is the product's main entry; the command line calls the same code. A run
+folder has one holder at a time, belongs to one config, and is taken up where it was: every stage that is complete and
+intact is skipped, and the loops resume bit for bit from their newest valid checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cvm_translator.config import RunConfig, dump_config
+from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, RunFolderError, Stopped
+from cvm_translator.pipeline import delivery, stages
+from cvm_translator.pipeline.context import RunContext
+from cvm_translator.pipeline.journal import TensorBoardLog, TextLog, build_display
+from cvm_translator.runs import atomic
+from cvm_translator.runs.events import EventWriter
+from cvm_translator.runs.layout import RunLayout
+from cvm_translator.runs.lock import RunLock
+from cvm_translator.training.device import build_device, configure_threads, describe_environment
+from cvm_translator.training.signals import StopRequest
+
+STAGES = ("corpus", "tokenizer", "teacher", "distil", "quantise", "gate", "report")
+
+# Settings that may differ when a run folder is taken up again: they change no number.
+_FREE_SETTINGS = ("output_dir", "tensorboard")
+
+
+class ModelDistiller:
+    """Runs one config in one run folder.
+
+    Raises `CvmError` for what the user can mend, `Stopped` when a signal or `stop` asked the run to save and leave.
+    """
+
+    def __init__(self, config: RunConfig, *, progress: bool = False) -> None:
+        self.config = config
+        self.layout = RunLayout(Path(config.output_dir))
+        self._progress = progress
+
+    def run_distillation(self) -> dict[str, Any]:
+        """Run or carry on, to the final report (also in `reports/final_report.json`); `exit_code` tells the gate's word."""
+        with RunLock(self.layout.lock), StopRequest() as stop:
+            context = self._open(stop)
+            try:
+                corpus = stages.build_corpus(context)
+                tokenizer = stages.build_tokenizer(context, corpus)
+                teacher = stages.obtain_teacher(context, corpus, tokenizer)
+                outcome = stages.distil(context, corpus, tokenizer, teacher)
+                folders = delivery.quantise(context, tokenizer, outcome)
+                verdict = delivery.gate(context, corpus, teacher, folders)
+                report = delivery.report(context, corpus, outcome, folders, verdict)
+                return self._finish(context, report)
+            except Stopped as stopped:
+                context.events.write("stopped", signal=stopped.signal_number)
+                raise
+            except Exception as error:
+                context.events.write("failed", message=f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                self._close(context)
+
+    # ------------------------------------------------------------------------------------------------------ lifecycle
+
+    def _open(self, stop: StopRequest) -> RunContext:
+        self._claim_folder()
+        device = build_device(self.config.device)
+        configure_threads(self.config.num_threads, device, deterministic=self.config.deterministic)
+        run_id = self._write_environment(describe_environment(device))
+        events = EventWriter(self.layout.events)
+        self._listeners: list[Any] = [TextLog(self.layout.train_log)]
+        if self.config.tensorboard:
+            self._listeners.append(TensorBoardLog(self.layout.tensorboard))
+        if self._progress:
+            self._listeners.append(build_display())
+        events.listeners.extend(self._listeners)
+        self._start = time.monotonic()
+        events.write(
+            "run_started",
+            run_id=run_id,
+            pid=os.getpid(),
+            num_iterations=self.config.distillation.num_iterations,
+            stages=list(STAGES),
+            config_sha256=atomic.sha256_file(self.layout.config),
+        )
+        return RunContext(self.config, self.layout, events, stop, device, self._show)
+
+    def _claim_folder(self) -> None:
+        """Write the config into a new folder; refuse a folder that another config made."""
+        path = self.layout.config
+        if path.exists():
+            difference = _first_difference(yaml.safe_load(path.read_text(encoding="utf-8")), self.config.to_plain())
+            if difference is not None:
+                raise RunFolderError(
+                    f"{self.layout.root} holds a run with another config ({difference}): "
+                    "choose another --output-dir, or move the old folder away"
+                )
+        else:
+            atomic.write_text(path, dump_config(self.config))
+
+    def _write_environment(self, environment: dict[str, Any]) -> str:
+        path = self.layout.environment
+        run_id: str = atomic.read_json(path)["run_id"] if path.exists() else uuid.uuid4().hex
+        atomic.write_json(path, {"run_id": run_id} | environment)
+        return run_id
+
+    def _finish(self, context: RunContext, report: dict[str, Any]) -> dict[str, Any]:
+        passed = report["gate"]["passed"]
+        report["exit_code"] = EXIT_OK if passed else EXIT_GATE_FAILED
+        context.events.write(
+            "run_finished",
+            step=report["num_iterations"],
+            exit_code=report["exit_code"],
+            gate_passed=passed,
+            halted=report["halted"],
+            executed_steps=report["executed_steps"],
+            seconds=time.monotonic() - self._start,
+        )
+        return report
+
+    def _show(self, message: str) -> None:
+        for listener in self._listeners:
+            listener.note(message)
+
+    def _close(self, context: RunContext) -> None:
+        context.events.close()
+        for listener in self._listeners:
+            listener.close()
+
+
+def _first_difference(old: Any, new: Any, prefix: str = "") -> str | None:
+    """The first setting on which two plain configs differ, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            if not prefix and key in _FREE_SETTINGS:
+                continue
+            difference = _first_difference(old.get(key), new.get(key), f"{prefix}{key}.")
+            if difference is not None:
+                return difference
+        return None
+    return None if old == new else f"{prefix.rstrip('.')}: was {old!r:.60}, is {new!r:.60}"
+
+
+def run_pipeline(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
+    """What the commands `run` and `resume` call."""
+    return ModelDistiller(config, progress=progress).run_distillation()

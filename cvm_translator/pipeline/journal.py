@@ -1,0 +1,220 @@
+"""What a run tells while it goes: each listener is called with every event and turns it into its own form.
+
+The text log and TensorBoard are written by the trainer alone; the display is for whoever started it in the foreground.
+None of them may fail the run: they see plain data that has already been written.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+Event = dict[str, Any]
+
+
+def describe_event(event: Event) -> str | None:
+    """One line of text for an event worth a line, else None."""
+    kind, step, stage = event["kind"], event.get("step"), event.get("stage")
+    if kind == "stage_started":
+        return f"stage {stage}"
+    if kind == "stage_finished":
+        how = "reused" if event["skipped"] else f"done in {event['seconds']:.1f} s"
+        facts = ", ".join(f"{key} {value}" for key, value in (event.get("summary") or {}).items())
+        return f"stage {stage}: {how}" + (f" ({facts})" if facts else "")
+    if kind == "progress":
+        return (
+            f"{stage} step {step}/{event['num_iterations']}  {event['steps_per_second']:.1f} steps/s"
+            f"  {event['tokens_per_second']:.0f} tokens/s  {format_seconds(event['eta_seconds'])} left"
+        )
+    if kind == "validation":
+        scores = "  ".join(f"{name} {value:.2f}" for name, value in event["scores"].items())
+        quality = event.get("quality_score")
+        return f"{stage} validation at step {step}: {scores}" + (f"  quality {quality:.3f}" if quality else "")
+    if kind == "verdict":
+        return f"{stage} verdict at step {step}: {event['verdict']} -> {event['action']} ({event['reason']})"
+    if kind == "checkpoint":
+        return f"{stage} checkpoint {event['path']}" + (" (best)" if event["is_best"] else "")
+    if kind == "rollback":
+        return (
+            f"ROLLBACK {event['rollback_number']} from step {event['from_step']} to {event['to_step']}: {event['reason']};"
+            f" from now on data order {event['data_stream']}, learning rate x {event['learning_rate_factor']:g}"
+        )
+    if kind == "warning":
+        return f"warning: {event['message']}"
+    if kind == "resumed":
+        exact = "bit-exact" if event["exact"] else f"NOT bit-exact ({'; '.join(event['differences'])})"
+        return f"{stage} resumed at step {step}, {exact}"
+    if kind in ("stopped", "failed"):
+        return f"{kind}: {event.get('message') or 'by signal ' + str(event.get('signal'))}"
+    if kind == "run_finished":
+        passed = "gate passed" if event["gate_passed"] else "GATE FAILED"
+        return f"run finished: {passed}" + (" (halted)" if event["halted"] else "")
+    return None
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TextLog:
+    """logs/train.log: a line for each event but the single steps, with the time in UTC."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        formatter.converter = time.gmtime
+        self._handler.setFormatter(formatter)
+        self._logger = logging.Logger("cvm_translator.run")
+        self._logger.addHandler(self._handler)
+        self._last_train: Event | None = None
+
+    def __call__(self, event: Event) -> None:
+        if event["kind"] == "train":
+            self._last_train = event
+            return
+        line = describe_event(event)
+        if line is None:
+            return
+        if event["kind"] == "progress" and self._last_train is not None:
+            line += f"  loss {self._last_train['loss']:.4f}  accuracy {self._last_train['accuracy']:.3f}"
+        is_bad = event["kind"] in ("warning", "rollback", "failed")
+        self._logger.log(logging.WARNING if is_bad else logging.INFO, line)
+
+    def note(self, message: str) -> None:
+        self._logger.info(message)
+
+    def close(self) -> None:
+        self._handler.close()
+
+
+class TensorBoardLog:
+    """tensorboard/: the scalars of every 10th step and of each validation."""
+
+    def __init__(self, directory: Path) -> None:
+        self._writer = SummaryWriter(str(directory), flush_secs=30)
+
+    def __call__(self, event: Event) -> None:
+        kind, step, stage = event["kind"], event.get("step"), event.get("stage")
+        if kind == "train" and step % 10 == 0:
+            for name in ("loss", "distillation_loss", "task_loss", "accuracy", "learning_rate", "grad_norm"):
+                value = event[name]
+                if isinstance(value, float) and math.isfinite(value):
+                    self._writer.add_scalar(f"{stage}/{name}", value, step)
+        elif kind == "validation":
+            for name, value in event["scores"].items():
+                self._writer.add_scalar(f"{stage}_validation/{name}", value, step)
+            if event.get("quality_score") is not None:
+                self._writer.add_scalar(f"{stage}_validation/quality_score", event["quality_score"], step)
+
+    def note(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class PlainDisplay:
+    """One line an event on standard error, progress at most every quarter of a minute: for pipes and log files."""
+
+    def __init__(self) -> None:
+        self._last_progress = 0.0
+        self._last_loss = math.nan
+
+    def __call__(self, event: Event) -> None:
+        if event["kind"] == "train":
+            self._last_loss = event["loss"]
+            return
+        line = describe_event(event)
+        if line is None or event["kind"] == "checkpoint":
+            return
+        if event["kind"] == "progress":
+            if time.monotonic() - self._last_progress < 15.0:
+                return
+            self._last_progress = time.monotonic()
+            line += f"  loss {self._last_loss:.4f}"
+        print(line, file=sys.stderr, flush=True)
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class LiveDisplay:
+    """A progress bar for the running loop under the lines of what happened."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            refresh_per_second=4,
+        )
+        self._progress.start()
+        self._task: Any = None
+        self._stage: str | None = None
+        self._facts = {"speed": "", "loss": "", "quality": "", "eta": ""}
+        self._last_update = 0.0
+
+    def __call__(self, event: Event) -> None:
+        kind = event["kind"]
+        if kind == "train":
+            self._facts["loss"] = f"loss {event['loss']:.3f}"
+            if self._task is not None and time.monotonic() - self._last_update > 0.25:
+                self._last_update = time.monotonic()
+                self._progress.update(self._task, completed=event["step"], facts=self._join())
+            return
+        if kind == "progress":
+            self._show(event)
+            return
+        if kind == "validation" and event.get("quality_score") is not None:
+            self._facts["quality"] = f"quality {event['quality_score']:.3f}"
+        if kind in ("stage_finished", "failed", "stopped") and self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        line = describe_event(event)
+        if line is not None and kind != "checkpoint":
+            self._console.print(line, markup=False, highlight=False, style=_STYLES.get(kind))
+
+    def _show(self, event: Event) -> None:
+        if self._task is None or self._stage != event["stage"]:
+            self._stage = event["stage"]
+            self._task = self._progress.add_task(event["stage"], total=event["num_iterations"], facts="")
+        self._facts["speed"] = f"{event['steps_per_second']:.1f} steps/s"
+        self._facts["eta"] = f"{format_seconds(event['eta_seconds'])} left"
+        self._progress.update(self._task, completed=event["step"], facts=self._join())
+
+    def _join(self) -> str:
+        return "  ".join(text for text in self._facts.values() if text)
+
+    def note(self, message: str) -> None:
+        self._console.print(message, markup=False, highlight=False, style="dim")
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+_STYLES = {"warning": "yellow", "rollback": "bold red", "failed": "bold red", "run_finished": "bold"}
+
+
+def build_display() -> PlainDisplay | LiveDisplay:
+    """The live display on a terminal, plain lines elsewhere."""
+    return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()

@@ -1,0 +1,106 @@
+"""Translate test sets with a model folder in a process of its own, as it would be deployed.
+
+`python -m cvm_translator.pipeline.measure --model DIR --output FILE --set NAME=PAIRS.tsv …` loads the folder from its
+files, translates the sources of each set and writes hypotheses, speed and peak memory as JSON. The process that trained
+the model shares nothing with it but the files, so what is measured is what is delivered.
+
+`peak_memory_mib` is the peak resident memory of the whole process, interpreter and libraries included;
+`baseline_memory_mib` is what it held before the model was loaded. `tokens_per_second` counts generated tokens, end marks
+included, over the first set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cvm_translator.errors import ModelError
+from cvm_translator.runs import atomic
+
+
+def measure_folder(
+    model: Path, sets: dict[str, Path], output: Path, *, beam_size: int, batch_size: int, device: str, num_threads: int
+) -> dict[str, Any]:
+    """Run this module in a fresh process and return what it measured; raises ModelError if it failed."""
+    command = [sys.executable, "-m", "cvm_translator.pipeline.measure", "--model", str(model), "--output", str(output)]
+    command += ["--beam-size", str(beam_size), "--batch-size", str(batch_size)]
+    command += ["--device", device, "--num-threads", str(num_threads)]
+    for name, path in sets.items():
+        command += ["--set", f"{name}={path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise ModelError(f"{model} could not be measured in a fresh process: {last[0].removeprefix('error: ')}")
+    result: dict[str, Any] = atomic.read_json(output)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the fresh process."""
+    parser = argparse.ArgumentParser(prog="cvm_translator.pipeline.measure", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--set", dest="sets", action="append", required=True, metavar="NAME=PAIRS.tsv")
+    parser.add_argument("--beam-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    try:
+        sets = dict(item.split("=", 1) for item in options.sets)
+        result = _measure(options, {name: Path(path) for name, path in sets.items()})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    atomic.write_json(options.output, result)
+    return 0
+
+
+def _measure(options: argparse.Namespace, sets: dict[str, Path]) -> dict[str, Any]:
+    import torch
+
+    from cvm_translator.models.decoding import translate_texts
+    from cvm_translator.models.folder import load_model
+
+    torch.set_num_threads(options.num_threads)
+    baseline = _peak_memory_mib()
+    loaded = load_model(options.model, options.device)
+    hypotheses: dict[str, list[str]] = {}
+    tokens_per_second = 0.0
+    for index, (name, path) in enumerate(sets.items()):
+        sources = [line.split("\t", 1)[0] for line in path.read_text(encoding="utf-8").split("\n") if line]
+        start = time.perf_counter()
+        hypotheses[name] = translate_texts(
+            loaded.model, loaded.tokenizer, sources, beam_size=options.beam_size, batch_size=options.batch_size
+        )
+        seconds = time.perf_counter() - start
+        if index == 0:
+            num_tokens = sum(len(ids) + 1 for ids in loaded.tokenizer.encode(hypotheses[name]))
+            tokens_per_second = num_tokens / seconds
+    return {
+        "model": str(options.model),
+        "number_format": loaded.config["number_format"],
+        "num_parameters": loaded.model.num_parameters(),
+        "num_bytes": (options.model / "model.safetensors").stat().st_size,
+        "hypotheses": hypotheses,
+        "tokens_per_second": tokens_per_second,
+        "peak_memory_mib": _peak_memory_mib(),
+        "baseline_memory_mib": baseline,
+        "batch_size": options.batch_size,
+        "beam_size": options.beam_size,
+        "num_threads": options.num_threads,
+    }
+
+
+def _peak_memory_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The loop that teachers and students share, its step, and the guard that may turn it back."""

@@ -1,0 +1,97 @@
+"""Where the arithmetic runs, in which precision, and what must be equal for a resume to be bit-exact."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvm_translator.errors import ConfigError
+
+
+def build_device(name: str) -> torch.device:
+    """Resolve `auto` and refuse a device that this machine lacks."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= num_cuda:
+        raise ConfigError(f"device {name}: this machine offers {num_cuda} CUDA devices; use device: auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device mps: not available on this machine; use device: auto or cpu")
+    return device
+
+
+def build_autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The autocast context of a setting; `auto` takes bfloat16 where the hardware multiplies it natively."""
+    if precision == "auto":
+        precision = "bfloat16" if has_native_bfloat16(device) else "float32"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=True)
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run on units of their own."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu":
+        return False
+    flags = _cpu_flags()
+    return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags
+
+
+def _cpu_flags() -> set[str]:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def configure_threads(num_threads: int | None, device: torch.device, *, deterministic: bool) -> None:
+    """Set the thread count, which the order of sums and so every last bit depends on."""
+    torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+    if device.type == "cuda" and deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def describe_numerics(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a run depend on: recorded in each checkpoint and compared on resume."""
+    return {
+        "torch": str(torch.__version__),
+        "device": device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled() if device.type == "cuda" else True,
+    }
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """The machine and the libraries, for `environment.json` and the report."""
+    import importlib.metadata
+
+    packages = ["torch", "numpy", "sacrebleu", "rouge-score", "bert-score", "sentencepiece", "transformers"]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
+        "native_bfloat16": has_native_bfloat16(device),
+        "numerics": describe_numerics(device),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,41 @@
+"""Planted faults, for tests and benchmarks of the guard: a documented setting that the guard is told nothing about."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from cvm_translator.config.schema import FaultInjection
+from cvm_translator.corpus.dataset import Batch
+
+
+def active_faults(faults: list[FaultInjection], executed_step: int) -> list[FaultInjection]:
+    """The faults that hit the 1-based executed step."""
+    return [
+        fault
+        for fault in faults
+        if fault.from_step <= executed_step
+        and (fault.num_steps is None or executed_step < fault.from_step + fault.num_steps)
+    ]
+
+
+def learning_rate_factor(faults: list[FaultInjection]) -> float:
+    factor = 1.0
+    for fault in faults:
+        if fault.kind == "learning_rate":
+            factor *= fault.factor
+    return factor
+
+
+def corrupt_batch(faults: list[FaultInjection], batch: Batch) -> Batch:
+    """Give each source its neighbour's target."""
+    if any(fault.kind == "shuffled_targets" for fault in faults):
+        return dataclasses.replace(batch, tgt_in=batch.tgt_in.roll(1, 0), tgt_out=batch.tgt_out.roll(1, 0))
+    return batch
+
+
+def corrupt_loss(faults: list[FaultInjection], loss: torch.Tensor) -> torch.Tensor:
+    if any(fault.kind == "nan_loss" for fault in faults):
+        return loss * float("nan")
+    return loss

@@ -1,0 +1,102 @@
+"""From a verdict to an action: keep, roll back with a changed recipe, or halt with the best model.
+
+The guard never looks at training losses to judge quality; it reads verdicts on generated output. An exact replay of the
+failing steps would fail in the same way, so each rollback changes the recipe: the first reads other data, the second
+also lowers the learning rate, the third lowers it once more. A rollback is written to disk before it is acted on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from cvm_translator.config.schema import GuardConfig
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs import atomic
+from cvm_translator.training.state import LoopState
+
+Action = Literal["keep", "roll_back", "halt"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a validation found, reduced to what the loop must know."""
+
+    verdict: str
+    is_best: bool
+    is_degraded: bool
+    reason: str
+    figures: dict[str, Any]
+    """What the verdict rests on, for the event: drop, drop_lower_bound, margin, quality_score."""
+
+
+class Judge(Protocol):
+    """Validates a model and judges it against what came before; stateful, so it is part of each checkpoint."""
+
+    def judge(self, state: LoopState, model: CvmTransformer) -> Judgement: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a rollback changes."""
+
+    attempt: int
+    data_stream: int
+    learning_rate_factor: float
+
+
+def next_recipe(state: LoopState, guard: GuardConfig) -> Recipe:
+    """The recipe of the rollback that would follow those in `state`."""
+    number = len(state.rollbacks) + 1
+    factor = guard.rollback_learning_rate_factor ** (number - 1)
+    return Recipe(attempt=state.attempt + 1, data_stream=state.data_stream + 1, learning_rate_factor=factor)
+
+
+def choose_action(judgement: Judgement, state: LoopState, guard: GuardConfig) -> Action:
+    """Keep what is not degraded; else roll back while the rules allow it."""
+    if not guard.enabled or not judgement.is_degraded:
+        patience = guard.early_stopping_validations
+        if guard.enabled and patience is not None and state.validations_since_best >= patience:
+            return "halt"
+        return "keep"
+    return "roll_back" if len(state.rollbacks) < guard.max_rollbacks else "halt"
+
+
+def max_executed_steps(guard: GuardConfig, num_iterations: int) -> int:
+    """The step budget, replays included."""
+    return int(guard.max_step_budget_ratio * num_iterations)
+
+
+class DecisionFile:
+    """The last rollback that was decided, on disk before anything is done about it.
+
+    A run that dies in between finds it on resume: a decision of a later attempt than the newest checkpoint's is still
+    to be carried out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, recipe: Recipe, checkpoint: str, state: LoopState) -> None:
+        data = {
+            "attempt": recipe.attempt,
+            "data_stream": recipe.data_stream,
+            "learning_rate_factor": recipe.learning_rate_factor,
+            "checkpoint": checkpoint,
+            "executed_steps": state.executed_steps,
+            "num_skipped": state.num_skipped,
+            "rollbacks": state.rollbacks,
+        }
+        atomic.write_json(self.path, data)
+
+    def pending(self, newest_attempt: int) -> dict[str, Any] | None:
+        """The decision that the checkpoints do not show yet."""
+        if not self.path.exists():
+            return None
+        data: dict[str, Any] = atomic.read_json(self.path)
+        return data if data["attempt"] > newest_attempt else None

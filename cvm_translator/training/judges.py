@@ -1,0 +1,110 @@
+"""The judge of a loop: deploys the model as it would be delivered, validates its output, and reports the verdict.
+
+Teachers and students share it. What is scored is the deployed model: for a student that is to ship in int8, the int8
+model itself and its integer arithmetic, never the float weights it was trained from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.models.decoding import translate_texts
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs.events import EventWriter
+from cvm_translator.training.guard import Judgement
+from cvm_translator.training.objectives import find_real_targets
+from cvm_translator.training.state import LoopState
+from cvm_translator.validation.validator import DistillationValidator
+
+Deploy = Callable[[CvmTransformer], CvmTransformer]
+
+
+class ValidationJudge:
+    """Validates on one frozen set and judges against the best so far; its memory is part of each checkpoint."""
+
+    def __init__(
+        self,
+        stage: str,
+        events: EventWriter,
+        validator: DistillationValidator,
+        tokenizer: Tokenizer,
+        deploy: Deploy,
+        held_out: DistillationDataset,
+    ) -> None:
+        self.stage = stage
+        self.events = events
+        self.validator = validator
+        self.tokenizer = tokenizer
+        self.deploy = deploy
+        self.held_out = held_out
+
+    def judge(self, state: LoopState, model: CvmTransformer) -> Judgement:
+        start = time.monotonic()
+        deployed = self.deploy(model)
+        settings = self.validator.config.settings
+
+        def translate(sources: list[str]) -> list[str]:
+            return translate_texts(
+                deployed, self.tokenizer, sources, beam_size=settings.beam_size, batch_size=settings.batch_size
+            )
+
+        extra = {"perplexity": compute_perplexity(deployed, self.held_out, settings.batch_size)}
+        result = self.validator.validate(state.step, state.attempt, translate, extra)
+        verdict = result.verdict
+        if verdict.is_new_best:
+            self.validator.write_best_report(result)
+        self.events.write(
+            "validation",
+            step=state.step,
+            attempt=state.attempt,
+            stage=self.stage,
+            scores=result.scores | extra,
+            teacher_scores=result.teacher_scores,
+            quality_score=result.quality_score,
+            retentions=result.retentions,
+            probes=result.probes,
+            decode_tokens_per_second=result.decode_tokens_per_second,
+            seconds=time.monotonic() - start,
+        )
+        if verdict.verdict == "no_decision":
+            self._warn(state, "no_decision", f"no decision on the validation at step {state.step}: {verdict.reason}")
+        elif verdict.verdict == "warning":
+            self._warn(state, "quality_drop", f"quality at step {state.step} {verdict.reason}")
+        figures = verdict.to_json()
+        for name in ("verdict", "reason", "best_step"):
+            del figures[name]
+        return Judgement(verdict.verdict, verdict.is_new_best, verdict.asks_for_rollback, verdict.reason, figures)
+
+    def _warn(self, state: LoopState, code: str, message: str) -> None:
+        self.events.write("warning", step=state.step, attempt=state.attempt, code=code, message=message)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.validator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.validator.load_state_dict(state)
+
+
+@torch.inference_mode()
+def compute_perplexity(model: CvmTransformer, held_out: DistillationDataset, batch_size: int) -> float:
+    """exp of the mean cross-entropy a reference token, in nats, teacher-forced."""
+    device = model.positions.device
+    total, num_tokens = 0.0, 0
+    order = np.argsort(held_out.lengths[:, 1], kind="stable")
+    for start in range(0, len(order), batch_size):
+        batch = held_out.batch(order[start : start + batch_size]).to(device)
+        hidden, matrix = model(batch.src, batch.src_mask, batch.tgt_in)
+        real = find_real_targets(batch)
+        logits = hidden.flatten(0, 1)[real].float() @ matrix.float().T  # (N, V)
+        targets = batch.tgt_out.flatten()[real]
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        num_tokens += batch.num_tokens
+    return math.exp(min(total / max(num_tokens, 1), 700.0))

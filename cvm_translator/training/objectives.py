@@ -1,0 +1,63 @@
+"""What a step minimises: tensors of one batch in, the parts of the loss out.
+
+Both objectives select the real target tokens before the output layer, so padding costs no logits. The sum over tokens
+is divided by the token count of the whole effective batch, which makes the gradient under accumulation equal to that
+of the uncut batch, whatever the micro-batches' token counts are.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from cvm_translator.corpus.dataset import Batch
+from cvm_translator.corpus.tokenizer import PAD_ID
+from cvm_translator.losses.distillation import DistillationLoss, LossParts
+from cvm_translator.models.transformer import CvmTransformer
+
+
+def find_real_targets(batch: Batch) -> torch.Tensor:
+    """(N,) places of the real target tokens in the flattened (B, T) batch."""
+    return (batch.tgt_out != PAD_ID).flatten().nonzero().squeeze(1)
+
+
+class Objective(Protocol):
+    """Computes the loss of one (micro-)batch."""
+
+    def __call__(self, batch: Batch, num_tokens: int) -> LossParts:
+        """`num_tokens`: real target tokens of the whole effective batch, by which the sum is divided."""
+        ...
+
+
+class DistillationObjective:
+    """alpha · T² · KL(teacher ‖ student) + beta · cross-entropy; the task term alone without a teacher.
+
+    The teacher runs in evaluation mode and without gradients.
+    """
+
+    def __init__(self, student: CvmTransformer, loss: DistillationLoss, teacher: CvmTransformer | None = None) -> None:
+        self.student = student
+        self.loss = loss
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+
+    def __call__(self, batch: Batch, num_tokens: int) -> LossParts:
+        real = find_real_targets(batch)  # (N,)
+        targets = batch.tgt_out.flatten()[real]
+        hidden, matrix = self.student(batch.src, batch.src_mask, batch.tgt_in)  # (B, T, D), (V, D)
+        selected = hidden.flatten(0, 1)[real]  # (N, D)
+        if self.teacher is None:
+            return self.loss(selected, matrix, targets, num_tokens=num_tokens)
+        with torch.no_grad():
+            teacher_hidden, teacher_matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)
+            teacher_selected = teacher_hidden.flatten(0, 1)[real]
+        return self.loss(
+            selected,
+            matrix,
+            targets,
+            num_tokens=num_tokens,
+            teacher_hidden=teacher_selected,
+            teacher_matrix=teacher_matrix,
+        )

@@ -1,0 +1,62 @@
+"""SIGTERM and SIGINT ask the loop to save and leave; a second one leaves at once.
+
+Inside `deferred()` (the loops) the handler only sets a flag: saving inside a handler would interrupt a save. Elsewhere
+it raises `Stopped` at once, since every other stage writes atomically and is taken up again where it was. The original
+handlers are put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+from cvm_translator.errors import Stopped
+
+
+class StopRequest:
+    """Context that turns the signals into `Stopped`. Outside the main thread, where Python allows no handlers, it only
+    waits for `request`."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._originals: dict[int, Any] = {}
+        self._is_deferred = False
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the code inside ask for the flag when it is ready to leave."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def request(self, signal_number: int = signal.SIGTERM) -> None:
+        self.signal_number = signal_number
+
+    def raise_if_requested(self) -> None:
+        if self.signal_number is not None:
+            raise Stopped(self.signal_number)
+
+    def _handle(self, signal_number: int, _: FrameType | None) -> None:
+        if self.signal_number is not None:
+            os._exit(128 + signal_number)
+        self.signal_number = signal_number
+        if not self._is_deferred:
+            raise Stopped(signal_number)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._originals[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._originals.items():
+            signal.signal(number, handler)
+        self._originals.clear()

@@ -1,0 +1,85 @@
+"""One optimizer step: forward, backward, the checks that come before the optimizer moves, and the move.
+
+Guarantees: a loss or gradient that is not finite, or a loss that the spike window rejects, never reaches the weights,
+the optimizer's moments or the window.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cvm_translator.config.schema import FaultInjection, TrainingConfig
+from cvm_translator.corpus.dataset import Batch
+from cvm_translator.training.device import build_autocast
+from cvm_translator.training.faults import corrupt_batch, corrupt_loss
+from cvm_translator.training.objectives import Objective
+from cvm_translator.training.optimizer import MovingAverage
+from cvm_translator.training.spikes import SpikeWindow
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the real target tokens of one effective batch."""
+
+    loss: float
+    distillation_loss: float
+    task_loss: float
+    accuracy: float
+    """Share of target tokens that the teacher-forced student ranks first."""
+    grad_norm: float
+    """Before clipping; NaN when the loss itself was rejected."""
+    num_tokens: int
+    rejected: str | None
+    """Why the optimizer did not move, if so."""
+
+
+def train_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: TrainingConfig,
+    spikes: SpikeWindow,
+    *,
+    learning_rate: float,
+    average: MovingAverage | None = None,
+    faults: list[FaultInjection] | None = None,
+) -> StepResult:
+    """Run one step on `batch`, cut into `settings.grad_accum_steps` micro-batches."""
+    device = batch.src.device
+    faults = faults or []
+    totals = torch.zeros(4, device=device)  # loss, distillation, task, correct
+    # ------------------------------------------------------------------------------------------ forward and backward
+    optimizer.zero_grad(set_to_none=True)
+    for micro_batch in corrupt_batch(faults, batch).split(settings.grad_accum_steps):
+        with build_autocast(settings.precision, device):
+            parts = objective(micro_batch, batch.num_tokens)
+        loss = corrupt_loss(faults, parts.total)
+        loss.backward()
+        totals += torch.stack(
+            [loss.detach(), parts.distillation.detach(), parts.task.detach(), parts.num_correct.detach()]
+        ).to(totals)
+    grad_norm_tensor = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+    # --------------------------------------------------------------------------------- checks before the optimizer moves
+    values = torch.cat([totals, grad_norm_tensor.detach().to(totals).reshape(1)]).tolist()  # the one sync point
+    total, distillation, task, correct, grad_norm = values
+    rejected = None
+    if not (math.isfinite(total) and math.isfinite(grad_norm)):
+        rejected = "loss is not finite" if not math.isfinite(total) else "gradient is not finite"
+    elif not spikes.admits(total):
+        rejected = "loss spike"
+    # ------------------------------------------------------------------------------------------------------- the move
+    if rejected is None:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        spikes.add(total)
+        if average is not None:
+            average.update()
+    return StepResult(
+        total, distillation, task, correct / batch.num_tokens, grad_norm, batch.num_tokens, rejected
+    )
