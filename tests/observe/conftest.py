@@ -1,4 +1,4 @@
-"""A run folder as a real run leaves it, made from the event schema: two stages of training, ten validations, one rollback."""
+"""A run folder as a real run leaves it, made from the event schema: two trainings, ten validations, one rollback."""
 
 from __future__ import annotations
 
@@ -79,8 +79,9 @@ def _validate(
     counts = {name: int(40 / (1 + 4 * step / total) * (1 + 9 * worse) + noise.randint(0, 6)) for name in PROBES}
     retentions = {name: quality + noise.gauss(0, 0.004) for name in ("bleu", "chrf", "ter", "bertscore", "rougeL")}
     events.write(
-        "validation", step=step, attempt=attempt, after=31.0, seconds=30.8, stage="distil", scores=scores, teacher_scores=TEACHER,
-        quality_score=quality, retentions=retentions, probes=counts | {"sentences": 2000}, decode_tokens_per_second=2810.0,
+        "validation", step=step, attempt=attempt, after=31.0, seconds=30.8, stage="distil", scores=scores,
+        teacher_scores=TEACHER, quality_score=quality, retentions=retentions, probes=counts | {"sentences": 2000},
+        decode_tokens_per_second=2810.0,
     )  # fmt: skip
     return quality
 
@@ -174,11 +175,13 @@ def _scored(factor: float) -> dict[str, Any]:
 
 
 def final_report(total: int = 1000) -> dict[str, Any]:
-    models = {
-        "teacher": {"num_parameters": 11_900_000, "num_bytes": 47_600_000, "peak_memory_mib": 301.0, "tokens_per_second": 1460.0},
-        "float": {"num_parameters": 4_700_000, "num_bytes": 18_900_000, "peak_memory_mib": 158.0, "tokens_per_second": 4120.0},
-        "int8": {"num_parameters": 4_700_000, "num_bytes": 4_810_000, "peak_memory_mib": 149.0, "tokens_per_second": 3890.0},
-    }  # fmt: skip
+    names = ("num_parameters", "num_bytes", "peak_memory_mib", "tokens_per_second")
+    figures = {
+        "teacher": (11_900_000, 47_600_000, 301.0, 1460.0),
+        "float": (4_700_000, 18_900_000, 158.0, 4120.0),
+        "int8": (4_700_000, 4_810_000, 149.0, 3890.0),
+    }
+    models = {model: dict(zip(names, values, strict=True)) for model, values in figures.items()}
     sample = {
         "source": "Die Datei „%(name)s“ konnte nicht gespeichert werden.",
         "reference": "The file “%(name)s” could not be saved.",
@@ -188,8 +191,10 @@ def final_report(total: int = 1000) -> dict[str, Any]:
     return {
         "gate": {"passed": True, "failures": [], "thresholds": {"quality_score": 0.9, "bleu": 0.9, "chrf": 0.9}},
         "halted": False, "num_iterations": total, "executed_steps": int(total * 1.1), "best_step": total,
-        "rollbacks": [{"step": 7 * total // 10, "to_step": 6 * total // 10, "learning_rate_factor": 1.0, "data_stream": 1,
-                       "reason": "quality 18.2 % below the best, at least 16.2 %"}],
+        "rollbacks": [{
+            "step": 7 * total // 10, "to_step": 6 * total // 10, "learning_rate_factor": 1.0, "data_stream": 1,
+            "reason": "quality 18.2 % below the best, at least 16.2 %",
+        }],
         "test": {"teacher": {**_scored(1.0), "retentions": {}}, "float": _scored(0.966), "int8": _scored(0.957)},
         "unseen": {"teacher": {**_scored(0.71), "retentions": {}}, "float": _scored(0.66), "int8": _scored(0.65)},
         "gaps": {"teacher_to_float": {"bleu": -1.18, "chrf": -1.9}, "float_to_int8": {"bleu": -0.31, "chrf": -0.5}},
@@ -197,8 +202,10 @@ def final_report(total: int = 1000) -> dict[str, Any]:
         "samples": [sample, sample | {"source": "Speichern unter …", "teacher": "Save as…", "student": "Save as …",
                                       "reference": "Save as…"}],
         "worst": [sample | {"student": "The the the the the the", "score": 3.1}],
-        "preflight": {"warnings": [], "effective_targets": 41.2, "gradient_ratio": 0.83, "smallest_detectable_drop": 0.081},
-        "seconds": {"corpus": 88.0, "tokenizer": 9.0, "teacher": 1810.0, "distil": 4205.0, "quantise": 3.0, "gate": 71.0},
+        "preflight": {
+            "warnings": [], "effective_targets": 41.2, "gradient_ratio": 0.83, "smallest_detectable_drop": 0.081,
+        },
+        "seconds": {"corpus": 88.0, "tokenizer": 9.0, "teacher": 1810.0, "distil": 4205.0, "gate": 71.0},
         "corpus": {"train": 33120, "validation": 2000, "test": 2000, "unseen": 1000},
     }  # fmt: skip
 
@@ -249,3 +256,10 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is most of a report's time; leave it out where the text alone is judged."""
+    for name in ("training", "validation", "errors", "retention", "sizes"):
+        monkeypatch.setattr(f"cvm_translator.observe.plots.plot_{name}", lambda *args: None)

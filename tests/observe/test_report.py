@@ -37,13 +37,6 @@ def _final_report() -> dict[str, Any]:
     return module.final_report()
 
 
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is most of a report's time; leave it out where the text alone is judged."""
-    for name in ("training", "validation", "errors", "retention", "sizes"):
-        monkeypatch.setattr(f"cvm_translator.observe.plots.plot_{name}", lambda *args: None)
-
-
 class Page(HTMLParser):
     """Collects the tags, attributes and text of a page."""
 

@@ -1,0 +1,339 @@
+"""The monitor before, during and after a run: it reads, tells, reports and leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvm_translator.observe import monitor as monitor_module
+from cvm_translator.observe.live import build_view, sparkline
+from cvm_translator.observe.monitor import ScheduledReports, main
+from cvm_translator.observe.status_report import write_status_report
+from cvm_translator.observe.watch import ProcessWatch, RunWatch
+from cvm_translator.runs.events import EventWriter
+from cvm_translator.runs.layout import RunLayout
+from cvm_translator.runs.lock import RunLock, process_start_time
+
+COMMAND = [sys.executable, "-m", "cvm_translator.observe.monitor"]
+
+
+@pytest.fixture
+def watch_run() -> Iterator[Callable[..., RunWatch]]:
+    """Builds watches and closes them."""
+    watches: list[RunWatch] = []
+
+    def build(root: Path, **options: Any) -> RunWatch:
+        watches.append(RunWatch(RunLayout(root), **options))
+        return watches[-1]
+
+    yield build
+    for watch in watches:
+        watch.close()
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------- once
+
+
+@pytest.mark.parametrize(("until", "code"), [("run_finished", 0), ("stopped", 3), ("failed", 4)])
+def test_once(make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str], until: str, code: int) -> None:
+    root = make_run(until=until)
+    assert main(root, once=True) == code
+    assert "1,000 of 1,000" in capsys.readouterr().out
+    assert main(root, once=True, as_json=True) == code
+    assert json.loads(capsys.readouterr().out)["step"] == 1000
+    assert not (root / "monitor").exists()
+
+
+def test_once_as_a_process_never_imports_torch(make_run: Callable[..., Path]) -> None:
+    code = (
+        "import sys; from cvm_translator.observe.monitor import main_cli;"
+        "code = main_cli(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, str(make_run()), "--once"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "the gate passed" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--refresh", "0"], ["--report-every", "-1"], ["--nope"], ["a", "b"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        monitor_module.main_cli(arguments)
+    assert error.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- following
+
+
+def test_after_the_run(no_plots: None, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_run()
+    assert main(root, refresh_seconds=0.05) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("ALERT") == 3 and "the gate passed" in shown
+    assert (root / "monitor" / "status_report.md").exists()
+    assert len((root / "monitor" / "alerts.log").read_text().splitlines()) == 3
+    assert main(root, refresh_seconds=0.05) == 0
+    assert "ALERT" not in capsys.readouterr().out
+
+
+def test_a_failed_run_ends_it_with_its_code(
+    no_plots: None, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(make_run(until="failed"), refresh_seconds=0.05) == 4
+    assert "no such file" in capsys.readouterr().out
+
+
+def test_before_and_during_the_run(tmp_path: Path) -> None:
+    """A process that waits for the folder, follows two stages and leaves; the folder's other files stay untouched."""
+    root = tmp_path / "later"
+    process = subprocess.Popen(
+        [*COMMAND, str(root), "--refresh", "0.1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"waiting for a run in {root}\n"
+        assert not root.exists()
+        with RunLock(root / "run.lock"):
+            events = EventWriter(root / "logs" / "events.jsonl")
+            events.write("run_started", pid=process.pid, num_iterations=20, stages=["distil"])
+            events.write("stage_started", stage="distil")
+            for step in range(1, 11):
+                events.buffer("train", step=step, stage="distil", loss=1.0, executed_step=step)
+            events.write("validation", step=10, stage="distil", scores={"bleu": 30.0}, quality_score=0.9)
+            lines = iter(process.stdout.readline, "")
+            _read_until(lines, "validation at step 10: quality 90.0 % of the teacher, BLEU 30.00")
+            events.write("verdict", step=10, verdict="degraded", drop=0.1, action="roll_back", best_step=5)
+            _read_until(lines, "ALERT WARNING: verdict at step 10: degraded")
+            events.write("run_finished", exit_code=5, gate_passed=False, halted=False, seconds=7.0, executed_steps=20)
+            events.close()
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "ALERT CRITICAL: run finished" in rest and "the gate FAILED" in rest
+    found = {path.relative_to(root).parts[0] for path in root.rglob("*")}
+    assert found == {"run.lock", "logs", "monitor"}
+
+
+def _read_until(lines: Iterator[str], text: str) -> None:
+    seen = []
+    for line in lines:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} not in {seen}")
+
+
+def test_ctrl_c_leaves_cleanly(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    process = subprocess.Popen(
+        [*COMMAND, str(root), "--refresh", "0.1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for(lambda: (root / "monitor" / "status_report.html").exists())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "ALERT CRITICAL" in out and "is gone without a word" in out
+    assert "goes on without it" in err and "Traceback" not in err
+    assert not list((root / "monitor").rglob(".tmp-*"))
+
+
+def test_json_lines(no_plots: None, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(make_run(), as_json=True, refresh_seconds=0.05) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    data = json.loads(line)
+    assert data["state"] == "done" and [alert["level"] for alert in data["alerts"]] == ["WARNING", "WARNING", "INFO"]
+
+
+# ----------------------------------------------------------------------------------------------- watching the files
+
+
+def _write_steps(path: Path, steps: range, end: str = "\n") -> None:
+    with open(path, "a") as stream:
+        for step in steps:
+            last = end if step == steps[-1] else "\n"
+            stream.write(json.dumps({"kind": "train", "stage": "distil", "step": step, "time": "t"}) + last)
+
+
+def test_half_lines_truncation_and_rotation(watch_run: Callable[..., RunWatch], tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "events.jsonl"
+    watch = watch_run(tmp_path)
+    assert watch.poll() == [] and watch.status()["state"] == "never_started"
+    path.parent.mkdir()
+    _write_steps(path, range(1, 4), end="")
+    assert [event["step"] for event in watch.poll()] == [1, 2]
+    with open(path, "a") as stream:
+        stream.write("\n")
+    assert [event["step"] for event in watch.poll()] == [3]
+    _write_steps(path, range(4, 6))
+    path.rename(tmp_path / "logs" / "events.jsonl.1")
+    _write_steps(path, range(6, 8))
+    assert [event["step"] for event in watch.poll()] == [4, 5, 6, 7]
+    path.write_text("")
+    assert watch.poll() == []
+    _write_steps(path, range(8, 9))
+    assert [event["step"] for event in watch.poll()] == [8]
+    assert watch.history.curves["distil"].steps.tolist() == list(range(1, 9))
+    assert watch.status()["step"] == 8
+
+
+def test_log_lines_are_followed(watch_run: Callable[..., RunWatch], tmp_path: Path) -> None:
+    watch = watch_run(tmp_path, num_log_lines=2)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "train.log").write_bytes(b"one\ntwo\nthr\xffee\nfou")
+    watch.poll()
+    assert list(watch.log_lines) == ["two", "thr\ufffdee"]
+
+
+def test_a_process_is_dead_only_at_the_second_look(
+    watch_run: Callable[..., RunWatch], make_run: Callable[..., Path]
+) -> None:
+    watch = watch_run(make_run(until="distil"))
+    watch.poll()
+    assert watch.status()["state"] == "dead" and not watch.is_surely_dead()
+    watch.poll()
+    assert watch.is_surely_dead()
+
+
+def test_wall_clock_jumps_raise_no_stall(
+    watch_run: Callable[..., RunWatch], make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_run(until="distil")
+    watch = watch_run(root)
+    watch.poll()
+    with EventWriter(root / "logs" / "events.jsonl") as events, RunLock(root / "run.lock"):
+        events.write("train", step=1001, stage="distil", loss=1.0)
+        watch.poll()
+        real = time.time
+        for jump in (86400.0, -86400.0):
+            monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+            assert watch.status()["health"] == []
+
+
+def test_figures_of_the_process() -> None:
+    watch = ProcessWatch()
+    holder: dict[str, Any] = {"pid": os.getpid(), "process_start_time": process_start_time(os.getpid())}
+    figures = watch.measure(holder)
+    assert figures is not None and figures["memory_mib"] > 1
+    assert watch.measure(holder | {"process_start_time": 1.0}) is None
+    assert watch.measure(holder | {"host": "elsewhere"}) is None
+    assert watch.measure({"pid": None}) is None and watch.measure(None) is None
+
+
+# ---------------------------------------------------------------------------------------------------------- reports
+
+
+def test_scheduled_report(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    reports = ScheduledReports(RunLayout(root), every_seconds=0.2)
+    reports.start()
+    path = root / "monitor" / "status_report.md"
+    _wait_for(path.exists)
+    first = path.stat().st_mtime_ns
+    _wait_for(lambda: path.stat().st_mtime_ns > first)
+    reports.close()
+    text = path.read_text()
+    assert "dead: process 4242 is gone" in text and "BLEU" in text and "(plots/validation.png)" in text
+    page = path.with_suffix(".html").read_text()
+    assert "<script" not in page and "data:image/png;base64," in page
+    assert threading.active_count() == 1 or not [t for t in threading.enumerate() if "APScheduler" in t.name]
+
+
+def test_the_schedule_survives_a_clock_that_went_back(no_plots: None, make_run: Callable[..., Path]) -> None:
+    root = make_run()
+    reports = ScheduledReports(RunLayout(root), every_seconds=1000.0)
+    reports.start()
+    path = root / "monitor" / "status_report.html"
+    _wait_for(path.exists)
+    first = path.stat().st_mtime_ns
+    reports._scheduler.modify_job("report", next_run_time=datetime.now(UTC) + timedelta(days=1))
+    reports.rearm()
+    assert reports._scheduler.get_job("report").next_run_time > datetime.now(UTC) + timedelta(hours=23)
+    reports._written_at -= 2000.0
+    reports.rearm()
+    _wait_for(lambda: path.stat().st_mtime_ns > first)
+    reports.close()
+
+
+def test_a_report_that_cannot_be_written_is_told(make_run: Callable[..., Path]) -> None:
+    root = make_run()
+    (root / "monitor").write_text("in the way")
+    reports = ScheduledReports(RunLayout(root), every_seconds=1000.0)
+    reports._write()
+    (alert,) = reports.take_failures()
+    assert alert.name == "report_failed" and "monitor" in alert.message
+    assert reports.take_failures() == []
+
+
+def test_hostile_text_in_the_status_report(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    with EventWriter(root / "logs" / "events.jsonl") as events:
+        events.write("warning", step=1, code="x", message="<script>alert(1)</script> \x1b[2J [a](javascript:b)")
+        events.write("failed", message="<img src=x onerror=alert(1)> \u202e")
+    markdown = write_status_report(root).read_text()
+    page = (root / "monitor" / "status_report.html").read_text()
+    assert "<script" not in page and "<img src=x" not in page and "\\x1b[2J" in page
+    assert "<script" not in markdown.replace("\\<", "") and "\x1b" not in markdown and "[a](" not in markdown
+
+
+# --------------------------------------------------------------------------------------------------------- the view
+
+
+def test_sparkline() -> None:
+    assert sparkline([0.0, 1.0, float("nan"), 2.0], 8) == "▁▅█"
+    assert sparkline([1.0, 1.0]) == "▁▁"
+    assert sparkline([]) == ""
+    assert len(sparkline(list(range(1000)), 48)) == 48
+
+
+@pytest.mark.parametrize("height", [24, 35, 60])
+@pytest.mark.parametrize("until", ["distil", "run_finished", "failed"])
+def test_the_live_view(
+    watch_run: Callable[..., RunWatch], make_run: Callable[..., Path], until: str, height: int
+) -> None:
+    import io
+
+    from rich.console import Console
+
+    root = make_run(until=until)
+    watch = watch_run(root)
+    watch.poll()
+    console = Console(file=io.StringIO(), width=110, height=height, color_system=None)
+    lines = ["\x1b[31mred [bold]markup[/bold]"]
+    console.print(build_view(watch.layout, watch.status(), watch.history, None, [], lines, height))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("✓ teacher", "1,000 of 1,000", "BLEU", "34.60", "700 -> 600"):
+        assert part in shown
+    assert "\x1b" not in shown
+    assert ("[bold]markup[/bold]" in shown) == (height >= 30)
+
+
+def test_the_view_of_a_run_that_has_hardly_begun(watch_run: Callable[..., RunWatch], tmp_path: Path) -> None:
+    from rich.console import Console
+
+    with EventWriter(tmp_path / "logs" / "events.jsonl") as events:
+        events.write("run_started", pid=1)
+    watch = watch_run(tmp_path)
+    watch.poll()
+    with Console(width=100).capture() as capture:
+        Console(width=100).print(build_view(watch.layout, watch.status(), watch.history, None, [], [], 24))
+    assert capture.get() is not None
