@@ -92,6 +92,7 @@ class BertScore(MeanMetric):
         return self._score_pairs(list(zip(hypotheses, references, strict=True)))
 
     def _set_references(self, references: list[str]) -> None:
+        self._references = []  # of nothing, should the following fail
         self._reference_vectors = self._encode(references)
         self._f1.clear()
         others = [references[index] for index in derangement(len(references))]

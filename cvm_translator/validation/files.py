@@ -97,7 +97,7 @@ class ValidationFiles:
         if data is None:
             raise RunFolderError(f"{self.json_path(stem)} is missing: the validation it records is needed to go on")
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
                 loaded = {name: arrays[name] for name in arrays.files}
         except Exception as error:  # numpy and zipfile raise many kinds for a torn file
             raise RunFolderError(f"cannot read the statistics in {path} ({error})") from error

@@ -101,8 +101,8 @@ def check_alignment(
     """Refuse a corpus whose targets belong to other sources, in all of it or in a stretch.
 
     Blocks of pairs are compared with their neighbourhood: a block that fits better at an offset is shifted. A corpus in
-    no order has no offsets; there, pairs must at least be more alike than random ones. What is too little to tell (fewer
-    than 60 pairs; for the second check fewer than 200, or texts all equally long) passes.
+    no order has no offsets; there, pairs must at least be more alike than random ones. Too little to tell (fewer than
+    60 pairs; for the second check fewer than 200, or texts all equally long) passes.
     """
     total = len(sources)
     if total < MIN_PAIRS_TO_TELL:

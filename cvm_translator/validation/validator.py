@@ -232,7 +232,7 @@ def compare_scores(
                 "score": new.scores[name],
                 "other_score": other.scores[name],
                 "difference": difference,
-                "interval": confidence_interval(draws),
+                "interval": list(confidence_interval(draws)),
                 "p_value": paired_p_value(difference, draws),
             }
     return compared
