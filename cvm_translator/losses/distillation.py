@@ -1,16 +1,17 @@
 """The distillation loss: alpha · T² · KL(teacher_T ‖ student_T) + beta · CE, over real target tokens.
 
-Both terms are sums over the tokens given, divided by `num_tokens`, the tokens of the whole effective batch: micro-batches of
-unequal token counts then add up to exactly the gradient of the whole batch. (Hinton et al., 2015, arXiv:1503.02531; T² keeps the
-size of the distillation gradient comparable across temperatures.)
+Both terms are sums over the tokens given, divided by `num_tokens`, the tokens of the whole effective batch:
+micro-batches of unequal token counts then add up to exactly the gradient of the whole batch. (Hinton et al., 2015,
+arXiv:1503.02531; T² keeps the size of the distillation gradient comparable across temperatures.)
 
 The gradient with respect to the student's logits has a closed form,
 
     alpha · T · (p_student^T − p_teacher^T) + beta · (p_student − y),   y the (smoothed) reference,
 
-so the forward pass computes it at once and writes it over the logits: one N × V buffer for the student and one for the teacher, instead of the
-half dozen that autograd would keep. Softmax maths is in float32 (float64 for float64 input) on blocks of rows that stay in
-the processor's cache. Logits are products in autocast's type where autocast is on.
+so the forward pass computes it at once and writes it over the logits: one N × V buffer for the student and one for
+the teacher, instead of the half dozen that autograd would keep. Softmax maths is in float32 (float64 for float64
+input) on blocks of rows that stay in the processor's cache. Logits are products in autocast's type where autocast is
+on.
 
 Refuses: shapes that do not match, targets without a teacher where alpha > 0. NaN in, NaN out.
 """
@@ -18,6 +19,7 @@ Refuses: shapes that do not match, targets without a teacher where alpha > 0. Na
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +67,12 @@ class _TaskAndDistillation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, tempered_teacher: Tensor | None, settings: DistillationLoss
+        ctx: Any,
+        hidden: Tensor,
+        matrix: Tensor,
+        targets: Tensor,
+        tempered_teacher: Tensor | None,
+        settings: DistillationLoss,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.types = hidden.dtype, matrix.dtype
         hidden, matrix = _to_product_type(hidden), _to_product_type(matrix)
@@ -130,19 +137,25 @@ class DistillationLoss:
         tempered_teacher = None
         if self.needs_teacher:
             if teacher_hidden is None or teacher_matrix is None:
-                raise ValueError(f"alpha is {self.alpha}: the distillation term needs the teacher's hidden states and matrix")
+                raise ValueError(
+                    f"alpha is {self.alpha}: the distillation term needs the teacher's hidden states and matrix"
+                )
             _check_shapes(teacher_hidden, teacher_matrix, targets)
             if teacher_matrix.shape[0] != student_matrix.shape[0]:
                 raise ValueError(
-                    f"the teacher's vocabulary has {teacher_matrix.shape[0]} entries, the student's {student_matrix.shape[0]}"
+                    f"the teacher's vocabulary has {teacher_matrix.shape[0]} entries, "
+                    f"the student's {student_matrix.shape[0]}"
                 )
             with torch.no_grad():
                 tempered_teacher = compute_logits(teacher_hidden / self.temperature, teacher_matrix)
-        parts = _TaskAndDistillation.apply(student_hidden, student_matrix, targets, tempered_teacher, self)
+        apply: Callable[..., Any] = _TaskAndDistillation.apply
+        parts = apply(student_hidden, student_matrix, targets, tempered_teacher, self)
         total, distillation, task, num_correct = parts
         return LossParts(total / num_tokens, distillation / num_tokens, task / num_tokens, num_correct)
 
-    def write_gradient(self, logits: Tensor, targets: Tensor, tempered_teacher: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def write_gradient(
+        self, logits: Tensor, targets: Tensor, tempered_teacher: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums (T²·KL, CE, correct) over the rows, and the gradient of the weighted sum written over `logits`.
 
         `tempered_teacher` is the teacher's logits divided by the temperature.
@@ -193,7 +206,12 @@ def _log_sum_exp(best_logits: Tensor, probs: Tensor) -> Tensor:
 
 
 def _check_shapes(hidden: Tensor, matrix: Tensor, targets: Tensor) -> None:
-    if hidden.dim() != 2 or matrix.dim() != 2 or hidden.shape[1] != matrix.shape[1] or hidden.shape[:1] != targets.shape:
+    if (
+        hidden.dim() != 2
+        or matrix.dim() != 2
+        or hidden.shape[1] != matrix.shape[1]
+        or hidden.shape[:1] != targets.shape
+    ):
         raise ValueError(
             f"hidden (N, D), matrix (V, D) and targets (N,) are needed, "
             f"got {tuple(hidden.shape)}, {tuple(matrix.shape)} and {tuple(targets.shape)}"
@@ -204,7 +222,8 @@ class GradientBalance(NamedTuple):
     """How the two terms of the loss compare on one batch."""
 
     gradient_ratio: float
-    """Norm of the weighted distillation gradient with respect to the logits, over that of the weighted task gradient."""
+    """Norm of the weighted distillation gradient with respect to the logits, over that of the weighted task
+    gradient."""
     effective_targets: float
     """exp of the mean entropy of the teacher's tempered distribution: among so many words it spreads its advice."""
 
@@ -223,7 +242,9 @@ def compute_gradient_ratio(
     tempered_teacher = _wide(compute_logits(teacher_hidden / loss.temperature, teacher_matrix))
     distillation_gradient, task_gradient = student_logits.clone(), student_logits.clone()
     DistillationLoss(loss.temperature, loss.alpha, 0.0).write_gradient(distillation_gradient, targets, tempered_teacher)
-    DistillationLoss(loss.temperature, 0.0, loss.beta, loss.label_smoothing).write_gradient(task_gradient, targets, None)
+    DistillationLoss(loss.temperature, 0.0, loss.beta, loss.label_smoothing).write_gradient(
+        task_gradient, targets, None
+    )
     log_probs = tempered_teacher.log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item()
     task_norm = task_gradient.norm().item()

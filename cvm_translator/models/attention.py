@@ -1,11 +1,12 @@
 """Multi-head attention through PyTorch's scaled_dot_product_attention, with the maths of M2M100.
 
-Queries are scaled by (D / H)^-1/2, all four projections have biases. Projections that share their input are one matrix
-product: query, key, value in self-attention (`qkv`), key and value in cross-attention (`kv`). For decoding token by token, keys and
-values are kept in an `AttentionCache` and only the new token is computed.
+Queries are scaled by (D / H)^-1/2, all four projections have biases. Projections that share their input are one
+matrix product: query, key, value in self-attention (`qkv`), key and value in cross-attention (`kv`). For decoding
+token by token, keys and values are kept in an `AttentionCache` and only the new token is computed.
 
-One exception: in bfloat16 on a CPU the two products and the softmax are written out, because the backward pass of PyTorch's kernel
-is six to seven times slower there (7.3 ms against 1.1 ms for 32 × 14 tokens, torch 2.13, one Zen 5 core).
+One exception: in bfloat16 on a CPU the two products and the softmax are written out, because the backward pass of
+PyTorch's kernel is six to seven times slower there (7.3 ms against 1.1 ms for 32 × 14 tokens, torch 2.13, one Zen 5
+core).
 
 Shapes: B batch, T target or S source length, D hidden size, H heads, d = D / H.
 """
@@ -30,7 +31,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool
         scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=scores.dtype).triu_(1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(-1) @ v
+    y: Tensor = scores.softmax(-1) @ v
+    return y
 
 
 class AttentionCache:

@@ -1,12 +1,14 @@
 """Translating: exact greedy and beam search over token ids, in length-sorted batches.
 
-Guarantees: each result is that of the sentence alone, up to float rounding, whatever it is batched with; results come in the order of
-the sources. bos, pad and unk are never generated (byte fallback spells what the vocabulary lacks). Sentences that are done leave the
-batch. A model with fake quantisation on is converted first, so what is decoded is the deployed integer arithmetic.
+Guarantees: each result is that of the sentence alone, up to float rounding (which the 8-bit grid may turn into one of
+its steps), whatever it is batched with; results come in the order of the sources. bos, pad and unk are never
+generated (byte fallback spells what the vocabulary lacks). Sentences that are done leave the batch. A model with fake
+quantisation on is converted first, so what is decoded is the deployed integer arithmetic.
 
-Beam search keeps `beam_size` open hypotheses a sentence and scores finished ones by log-probability / length ** length_penalty, the end
-mark counted. An end mark counts as finished when it is among the best `beam_size` continuations; a sentence is
-done when it has `beam_size` finished hypotheses or reaches its length limit, where open ones are taken as they are.
+Beam search keeps `beam_size` open hypotheses a sentence and scores finished ones by log-probability / length **
+length_penalty, the end mark counted. An end mark counts as finished when it is among the best `beam_size`
+continuations; a sentence is done when it has `beam_size` finished hypotheses or reaches its length limit, where open
+ones are taken as they are.
 """
 
 from __future__ import annotations
@@ -64,9 +66,7 @@ def translate_ids(
         for start in range(0, len(order), sentences):
             chosen = order[start : start + sentences]
             src, src_mask = pad_sources([sources[i] for i in chosen], device)
-            limits = [
-                min(int(max_length_ratio * len(sources[i])) + max_length_extra, longest) for i in chosen
-            ]
+            limits = [min(int(max_length_ratio * len(sources[i])) + max_length_extra, longest) for i in chosen]
             if beam_size == 1:
                 outputs = _greedy(model, src, src_mask, limits)
             else:
@@ -132,7 +132,8 @@ class _Beams:
             self.best = (normalised, tokens)
 
     def extend(self, candidates: list[tuple[float, int, int]]) -> list[int]:
-        """Take the best continuations (score, beam, token), best first; returns the beam each new open one came from."""
+        """Take the best continuations (score, beam, token), best first; returns the beam each new open one came
+        from."""
         parents: list[int] = []
         extended: list[tuple[float, list[int]]] = []
         for rank, (score, beam, token) in enumerate(candidates):
@@ -228,7 +229,8 @@ def translate_texts(
 
 
 def split_long(tokenizer: TextTokenizer, text: str, longest: int) -> list[list[int]]:
-    """Cut a text into pieces of at most `longest` tokens, preferably after the last sentence end in a piece's second half."""
+    """Cut a text into pieces of at most `longest` tokens, preferably after the last sentence end in a piece's second
+    half."""
     words = text.split()
     counts = [len(ids) for ids in tokenizer.encode(words)]
     pieces: list[list[int]] = []

@@ -1,14 +1,14 @@
 """A model on disk: `config.json`, `model.safetensors` and `sentencepiece.model` in one folder.
 
-    config.json   format, version, number_format (float32 | int8), model (ModelConfig), vocab_size, languages, metadata,
-                  files (size and SHA-256 of the other two), checksum (of the rest of config.json)
+    config.json   format, version, number_format (float32 | int8), model (ModelConfig), vocab_size, languages,
+    metadata, files (size and SHA-256 of the other two), checksum (of the rest of config.json)
 
-Guarantees: `save_model` writes a folder beside the target, fsyncs every file and renames it, so the target is the old folder or the
-new one. `load_model` compares sizes and hashes before it parses anything, knows every tensor's name, shape and type before it allocates
-one, uses no random numbers, and refuses weights that are NaN or infinite.
+Guarantees: `save_model` writes a folder beside the target, fsyncs every file and renames it, so the target is the old
+folder or the new one. `load_model` compares sizes and hashes before it parses anything, knows every tensor's name,
+shape and type before it allocates one, uses no random numbers, and refuses weights that are NaN or infinite.
 
-Refuses, with a ModelError: folders that are no models, missing or altered files, oversized or malformed headers, tokenizers of another
-size. Nothing is ever unpickled.
+Refuses, with a ModelError: folders that are no models, missing or altered files, oversized or malformed headers,
+tokenizers of another size. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def save_model(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _check_finite(tensors, "the model to be saved")
     if tokenizer.vocab_size != model.vocab_size:
-        raise ModelError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model {model.vocab_size}: they must be equal")
+        raise ModelError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {model.vocab_size}: they must be equal"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f"{TEMPORARY_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
@@ -211,12 +213,16 @@ def load_model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ModelError(f"{path} does not say format {FORMAT!r}: {folder} is no model folder of this program")
     if config.get("version") != VERSION:
-        raise ModelError(f"{path} has version {config.get('version')!r}, this program reads {VERSION}: use a newer program")
+        raise ModelError(
+            f"{path} has version {config.get('version')!r}, this program reads {VERSION}: use a newer program"
+        )
     content = {key: value for key, value in config.items() if key != "checksum"}
     if config.get("checksum") != sha256_json(content):
         raise ModelError(f"{path} was altered: its checksum does not match; copy or make the model again")
     if config.get("number_format") not in NUMBER_FORMATS:
-        raise ModelError(f"{path} has number_format {config.get('number_format')!r}: known are {', '.join(NUMBER_FORMATS)}")
+        raise ModelError(
+            f"{path} has number_format {config.get('number_format')!r}: known are {', '.join(NUMBER_FORMATS)}"
+        )
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 4:
         raise ModelError(f"{path} has vocab_size {vocab_size!r}: it must be a number from 4 up")
@@ -265,7 +271,9 @@ def _build_empty(config: dict[str, Any], weights: Path, header: dict[str, Any]) 
     if model_config.encoder_layers + model_config.decoder_layers > len(header):
         raise ModelError(f"{weights} holds {len(header)} tensors, too few for the layers that {CONFIG_FILE} names")
     if model_config.max_length * model_config.dim > 1 << 28:
-        raise ModelError(f"{weights.parent / CONFIG_FILE} has max_length {model_config.max_length}: too long to be true")
+        raise ModelError(
+            f"{weights.parent / CONFIG_FILE} has max_length {model_config.max_length}: too long to be true"
+        )
     with torch.device("meta"):
         model = CvmTransformer(model_config, config["vocab_size"])
         if config["number_format"] == "int8":
@@ -277,7 +285,9 @@ def _build_empty(config: dict[str, Any], weights: Path, header: dict[str, Any]) 
     for name, (shape, dtype) in expected.items():
         found = header[name].get("shape"), header[name].get("dtype")
         if found[0] != shape or _TYPES.get(str(found[1])) != dtype:
-            raise ModelError(f"{weights}: tensor {name} is {found[1]} {found[0]}, but {CONFIG_FILE} asks for {dtype} {shape}")
+            raise ModelError(
+                f"{weights}: tensor {name} is {found[1]} {found[0]}, but {CONFIG_FILE} asks for {dtype} {shape}"
+            )
     return model
 
 

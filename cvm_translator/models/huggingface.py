@@ -1,7 +1,7 @@
 """The same model as Transformers' M2M100ForConditionalGeneration.
 
-Guarantees: logits and greedy output are equal up to float rounding, since the maths is the same; a test builds both. Fused
-projections are cut into M2M100's separate ones. Refuses models in integer formats: export the float model.
+Guarantees: logits and greedy output are equal up to float rounding, since the maths is the same; a test builds both.
+Fused projections are cut into M2M100's separate ones. Refuses models in integer formats: export the float model.
 """
 
 from __future__ import annotations

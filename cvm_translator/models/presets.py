@@ -13,7 +13,7 @@ PRESETS: dict[str, tuple[ModelConfig, int]] = {
         ModelConfig(dim=512, num_heads=8, feed_forward_dim=2048, encoder_layers=6, decoder_layers=6),
         32_000,
     ),
-    # Most of a translation's time goes into the decoder, which runs once per token (Kasai et al., 2021, arXiv:2006.10369).
+    # Most of the time goes into the decoder, which runs once a token (Kasai et al., 2021, arXiv:2006.10369).
     "deep_encoder_student": (
         ModelConfig(dim=512, num_heads=8, feed_forward_dim=2048, encoder_layers=6, decoder_layers=2),
         32_000,

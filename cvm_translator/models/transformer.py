@@ -1,12 +1,13 @@
 """The CVM Transformer: a pre-norm encoder-decoder whose full-attention form is M2M100's, number for number.
 
-One matrix embeds source and target and projects to logits. Embeddings are scaled by √D; positions are sinusoids in halves (all
-sines, then all cosines, denominator D/2 − 1) counted from 2; feed-forward layers use ReLU; every linear layer has a
-bias; encoder and decoder end in a layer norm. Dropout is applied where M2M100 applies its `dropout`: to the embeddings and
-to each residual branch (M2M100's attention and activation dropout are 0 here).
+One matrix embeds source and target and projects to logits. Embeddings are scaled by √D; positions are sinusoids in
+halves (all sines, then all cosines, denominator D/2 − 1) counted from 2; feed-forward layers use ReLU; every linear
+layer has a bias; encoder and decoder end in a layer norm. Dropout is applied where M2M100 applies its `dropout`: to
+the embeddings and to each residual branch (M2M100's attention and activation dropout are 0 here).
 
-Token ids: bos 0, pad 1, eos 2, unk 3; the decoder starts with eos. Batches are padded on the right; what is computed at padded
-positions is meaningless and must not be used. Teacher-forced and incremental decoding agree up to float rounding.
+Token ids: bos 0, pad 1, eos 2, unk 3; the decoder starts with eos. Batches are padded on the right; what is computed
+at padded positions is meaningless and must not be used. Teacher-forced and incremental decoding agree up to float
+rounding.
 
 Shapes: B batch, S source length, T target length, D hidden size, V vocabulary, R = B × beams.
 """
@@ -14,7 +15,9 @@ Shapes: B batch, S source length, T target length, D hidden size, V vocabulary, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +88,8 @@ class DecoderLayer(nn.Module):
         x = x + self.attention.step(self.attention_norm(x), cache)
         branch = self.cross_attention.attend(self.cross_attention_norm(x)[:, None], keys, values, mask)
         x = x + branch[:, 0]
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.feed_forward(self.feed_forward_norm(x))
+        return x
 
 
 @dataclass
@@ -145,6 +149,9 @@ class CvmTransformer(nn.Module):
         """Round weights and activations to the 8-bit grid in every forward pass, or stop doing so."""
         set_fake_quantization(self, on)
 
+    def _decoder(self) -> Iterable[DecoderLayer]:
+        return cast("Iterable[DecoderLayer]", self.decoder_layers)
+
     def _embed(self, ids: Tensor, matrix: Tensor | None) -> Tensor:
         """(B, L) -> (B, L, D)."""
         x = self.embedding.embed(ids, matrix) * math.sqrt(self.config.dim) + self.positions[: ids.shape[1]]
@@ -177,7 +184,7 @@ class CvmTransformer(nn.Module):
 
     def start(self, memory: Tensor, src_mask: Tensor, beam_size: int = 1) -> DecoderState:
         """The state before the first token, for `beam_size` consecutive rows per source."""
-        memories = [layer.cross_attention.project_memory(memory) for layer in self.decoder_layers]
+        memories = [layer.cross_attention.project_memory(memory) for layer in self._decoder()]
         rows, heads = memory.shape[0] * beam_size, self.config.num_heads
         caches = [AttentionCache(rows, heads, keys.shape[-1], keys) for keys, _ in memories]
         matrix = self.embedding.matrix() if isinstance(self.embedding, TiedEmbedding) else None
@@ -186,7 +193,7 @@ class CvmTransformer(nn.Module):
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """The logits (R, V) after one more token of each row, tokens (R,); moves the state on."""
         x = self.embedding.embed(tokens, state.matrix) * math.sqrt(self.config.dim) + self.positions[state.length]
-        for layer, cache, (keys, values) in zip(self.decoder_layers, state.caches, state.memories, strict=True):
+        for layer, cache, (keys, values) in zip(self._decoder(), state.caches, state.memories, strict=True):
             x = layer.step(x, cache, keys, values, state.memory_mask)
         state.length += 1
         return self.embedding.project(self.decoder_norm(x), state.matrix)

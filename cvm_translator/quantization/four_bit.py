@@ -1,9 +1,10 @@
 """Linear layers with 4-bit weights, two to a byte, and a float scale for each group of weights in a row.
 
 Symmetric: integers −7…7 and step = absmax / 7, stored as integer + 8. Asymmetric: integers 0…15 between the group's
-minimum and maximum (both widened to hold 0), step = range / 15 and an integer zero point. Even columns lie in the low half of each byte,
-odd columns in the high half. A row whose width is no multiple of the group is padded with zero weights, which are cut off again.
-Activations and bias stay float; the forward pass computes with exactly the dequantised weights.
+minimum and maximum (both widened to hold 0), step = range / 15 and an integer zero point. Even columns lie in the low
+half of each byte, odd columns in the high half. A row whose width is no multiple of the group is padded with zero
+weights, which are cut off again. Activations and bias stay float; the forward pass computes with exactly the
+dequantised weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The 8-bit grid: symmetric, absmax / 127 along the last dimension, round half to even.
 
 This is the grid that CTranslate2 deploys (`quantize_s8_row` and `ModelSpec.quantize`: scale = 127 / absmax, a row of
-zeros has scale 1, `nearbyint`/`np.rint`), so weights quantised here and there are the same integers. A row is one output of
-a linear layer or one token of an embedding for weights, and one token for activations.
+zeros has scale 1, `nearbyint`/`np.rint`), so weights quantised here and there are the same integers. A row is one
+output of a linear layer or one token of an embedding for weights, and one token for activations.
 
 The step of a row is the reciprocal of that scale: value = integer × step. NaN and infinities in a row make the
 whole row NaN when fake-quantised, so that the loss shows them; quantising to integers refuses nothing, check before.
@@ -11,6 +11,7 @@ whole row NaN when fake-quantised, so that the loss shows them; quantising to in
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ def fake_quantize(values: Tensor) -> Tensor:
     """`dequantize_int8(*quantize_int8(values))` with a straight-through gradient. Float in, float32 or float64 out."""
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()
-    result: Tensor = _FakeQuantize.apply(values)
-    return result
+    apply: Callable[[Tensor], Tensor] = _FakeQuantize.apply
+    return apply(values)
 
 
 @functools.cache
@@ -76,8 +77,8 @@ def has_exact_int_mm(device_type: str) -> bool:
 def multiply_int8(left: Tensor, right: Tensor) -> Tensor:
     """left (N, K) int8 × right (M, K) int8, transposed -> (N, M): int32, or float32 of the same integers.
 
-    Where there is no integer kernel the product is taken in float32, which is exact while sums stay below 2^24; longer rows
-    are cut so that each partial sum is exact.
+    Where there is no integer kernel the product is taken in float32, which is exact while sums stay below 2^24;
+    longer rows are cut so that each partial sum is exact.
     """
     if has_exact_int_mm(left.device.type):
         return torch._int_mm(left, right.t())

@@ -1,8 +1,8 @@
 """Linear layers and the tied embedding, in float (with or without fake quantisation) and in 8-bit integers.
 
 `QuantizableLinear` and `TiedEmbedding` are what models are built from. With `fake_quantization` on, they compute in
-float what `Int8Linear` and `Int8TiedEmbedding` compute in integers, with straight-through gradients; the two agree up to the
-rounding of float32. Biases stay float.
+float what `Int8Linear` and `Int8TiedEmbedding` compute in integers, with straight-through gradients; the two agree up
+to the rounding of float32. Biases stay float.
 
 In a state_dict the integer modules hold `weight` (int8) and `weight_scale` (float32, one step a row).
 """

@@ -1,7 +1,7 @@
 """Choosing how a model's numbers are stored: fake quantisation for training, integer modules for deployment.
 
-Works on any `nn.Module` that holds `QuantizableLinear` (or plain `nn.Linear`) and `TiedEmbedding` modules. `convert` never
-changes the model it is given.
+Works on any `nn.Module` that holds `QuantizableLinear` (or plain `nn.Linear`) and `TiedEmbedding` modules. `convert`
+never changes the model it is given.
 """
 
 from __future__ import annotations

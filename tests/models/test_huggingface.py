@@ -62,7 +62,12 @@ def test_greedy_output(pair):
     src, mask = pad_sources(SOURCES, "cpu")
     ours = translate_ids(model, SOURCES, max_length_ratio=0.0, max_length_extra=12)
     theirs = twin.generate(
-        input_ids=src, attention_mask=mask.long(), max_new_tokens=12, num_beams=1, do_sample=False, suppress_tokens=[0, 1, 3]
+        input_ids=src,
+        attention_mask=mask.long(),
+        max_new_tokens=12,
+        num_beams=1,
+        do_sample=False,
+        suppress_tokens=[0, 1, 3],
     )
     for our_ids, their_ids in zip(ours, theirs.tolist(), strict=True):
         their_ids = their_ids[1:]  # the start mark

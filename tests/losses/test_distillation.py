@@ -1,0 +1,172 @@
+"""The distillation loss and its closed-form gradient against PyTorch's own losses, and under accumulation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cvm_translator.losses import DistillationLoss, compute_gradient_ratio, distillation
+
+N, D, V, TEACHER_D = 23, 12, 37, 20
+
+
+def make_batch(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    targets = torch.randint(0, V, (N,), generator=generator)
+    return draw(N, D).requires_grad_(), draw(V, D).requires_grad_(), targets, draw(N, TEACHER_D), draw(V, TEACHER_D)
+
+
+def compute_reference(batch: tuple[Tensor, ...], temperature: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    """T² · KL and cross-entropy as sums, by PyTorch's own functions."""
+    hidden, matrix, targets, teacher_hidden, teacher_matrix = batch
+    student, teacher = hidden @ matrix.T, teacher_hidden @ teacher_matrix.T
+    divergence = functional.kl_div(
+        functional.log_softmax(student / temperature, -1),
+        functional.softmax(teacher / temperature, -1),
+        reduction="sum",
+    )
+    task = functional.cross_entropy(student, targets, reduction="sum", label_smoothing=smoothing)
+    return temperature**2 * divergence, task
+
+
+def compute_ours(loss: DistillationLoss, batch: tuple[Tensor, ...], num_tokens: float):
+    hidden, matrix, targets, teacher_hidden, teacher_matrix = batch
+    return loss(
+        hidden, matrix, targets, num_tokens=num_tokens, teacher_hidden=teacher_hidden, teacher_matrix=teacher_matrix
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 6.0])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.8, 0.2), (1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("block_elements", [1 << 18, 5 * V])
+def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, block_elements):
+    monkeypatch.setitem(distillation._BLOCK_ELEMENTS, "cpu", block_elements)
+    batch, twin = make_batch(), make_batch()
+    parts = compute_ours(DistillationLoss(temperature, alpha, beta, smoothing), batch, num_tokens=50.0)
+    divergence, task = compute_reference(twin, temperature, smoothing)
+    reference = (alpha * divergence + beta * task) / 50.0
+    torch.testing.assert_close(parts.total, reference)
+    torch.testing.assert_close(parts.task, task / 50.0)
+    if alpha:
+        torch.testing.assert_close(parts.distillation, divergence / 50.0)
+    student = twin[0] @ twin[1].T
+    assert parts.num_correct.item() == (student.argmax(-1) == twin[2]).sum().item()
+    (parts.total * 3.0).backward()
+    (reference * 3.0).backward()
+    torch.testing.assert_close(batch[0].grad, twin[0].grad)
+    torch.testing.assert_close(batch[1].grad, twin[1].grad)
+
+
+def test_gradcheck():
+    hidden, matrix, targets, teacher_hidden, teacher_matrix = make_batch()
+    loss = DistillationLoss(2.5, 0.7, 0.4, 0.1)
+
+    def run(hidden: Tensor, matrix: Tensor) -> Tensor:
+        return compute_ours(loss, (hidden, matrix, targets, teacher_hidden, teacher_matrix), 7.0).total
+
+    assert torch.autograd.gradcheck(run, (hidden, matrix))
+
+
+def test_float32_is_close_to_float64_also_for_large_logits():
+    wide, narrow = make_batch(), make_batch(torch.float32)
+    loss = DistillationLoss(2.0, 0.8, 0.2)
+    with torch.no_grad():
+        for batch in (wide, narrow):
+            batch[0].mul_(10.0)
+            batch[3].mul_(10.0)
+    expected, actual = compute_ours(loss, wide, N), compute_ours(loss, narrow, N)
+    for ours, theirs in zip(actual[:3], expected[:3], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_student_equal_to_its_teacher_has_no_distillation_loss():
+    hidden, matrix, targets, _, _ = make_batch(torch.float32)
+    parts = DistillationLoss(3.0, 1.0, 0.0)(
+        hidden, matrix, targets, num_tokens=N, teacher_hidden=hidden.detach(), teacher_matrix=matrix.detach()
+    )
+    parts.total.backward()
+    assert abs(parts.total.item()) < 1e-4
+    assert hidden.grad.abs().max() < 1e-5
+
+
+def test_accumulation_over_unequal_token_counts_equals_the_whole_batch():
+    loss = DistillationLoss(2.0, 0.8, 0.2, 0.1)
+    whole, cut = make_batch(), make_batch()
+    compute_ours(loss, whole, num_tokens=N).total.backward()
+    totals = 0.0
+    for rows in (slice(0, 2), slice(2, 17), slice(17, N)):
+        hidden, matrix, targets, teacher_hidden, teacher_matrix = cut
+        part = compute_ours(loss, (hidden[rows], matrix, targets[rows], teacher_hidden[rows], teacher_matrix), N)
+        part.total.backward()
+        totals += part.total.item()
+    assert totals == pytest.approx(compute_ours(loss, whole, N).total.item())
+    torch.testing.assert_close(cut[0].grad, whole[0].grad)
+    torch.testing.assert_close(cut[1].grad, whole[1].grad)
+
+
+def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients():
+    batch, twin = make_batch(torch.float32), make_batch(torch.float32)
+    loss = DistillationLoss(2.0, 0.8, 0.2)
+    exact = compute_ours(loss, twin, N)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = compute_ours(loss, batch, N)
+    assert parts.total.dtype == torch.float32
+    assert parts.total.item() == pytest.approx(exact.total.item(), rel=0.02)
+    parts.total.backward()
+    exact.total.backward()
+    assert batch[0].grad.dtype == torch.float32
+    assert (batch[1].grad - twin[1].grad).norm() < 0.02 * twin[1].grad.norm()
+
+
+def test_task_alone_needs_no_teacher():
+    hidden, matrix, targets, _, _ = make_batch()
+    parts = DistillationLoss(6.0, 0.0, 1.0)(hidden, matrix, targets, num_tokens=N)
+    torch.testing.assert_close(parts.total, functional.cross_entropy(hidden @ matrix.T, targets))
+    assert parts.distillation.item() == 0.0
+
+
+def test_nan_is_not_hidden():
+    batch = make_batch()
+    with torch.no_grad():
+        batch[0][3, 1] = math.nan
+    assert math.isnan(compute_ours(DistillationLoss(2.0, 0.5, 0.5), batch, N).total.item())
+
+
+def test_bad_calls_are_refused():
+    hidden, matrix, targets, teacher_hidden, teacher_matrix = make_batch()
+    loss = DistillationLoss(2.0, 0.8, 0.2)
+    with pytest.raises(ValueError, match="teacher"):
+        loss(hidden, matrix, targets, num_tokens=N)
+    with pytest.raises(ValueError, match="vocabulary"):
+        loss(hidden, matrix, targets, num_tokens=N, teacher_hidden=teacher_hidden, teacher_matrix=teacher_matrix[:-1])
+    with pytest.raises(ValueError, match="needed"):
+        loss(hidden, matrix, targets[1:], num_tokens=N, teacher_hidden=teacher_hidden, teacher_matrix=teacher_matrix)
+    with pytest.raises(ValueError, match="temperature"):
+        DistillationLoss(0.0, 0.8, 0.2)
+
+
+def test_gradient_ratio_and_effective_targets():
+    batch = make_batch()
+    alpha, beta, temperature = 0.8, 0.2, 4.0
+    balance = compute_gradient_ratio(DistillationLoss(temperature, alpha, beta), *batch)
+    student = (batch[0] @ batch[1].T).detach().requires_grad_()
+    teacher = (batch[3] @ batch[4].T) / temperature
+    divergence = functional.kl_div(
+        functional.log_softmax(student / temperature, -1), teacher.softmax(-1), reduction="sum"
+    )
+    (of_distillation,) = torch.autograd.grad(alpha * temperature**2 * divergence, student)
+    (of_task,) = torch.autograd.grad(beta * functional.cross_entropy(student, batch[2], reduction="sum"), student)
+    assert balance.gradient_ratio == pytest.approx((of_distillation.norm() / of_task.norm()).item())
+    entropy = torch.distributions.Categorical(logits=teacher).entropy().mean()
+    assert balance.effective_targets == pytest.approx(math.exp(entropy.item()))
+    uniform = compute_gradient_ratio(DistillationLoss(1e6, alpha, beta), *batch)
+    assert uniform.effective_targets == pytest.approx(V, rel=1e-4)
