@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cvm_translator.metrics.base import Metric, Score
+from cvm_translator.metrics.base import Metric
 from cvm_translator.metrics.bertscore import BertScore
 from cvm_translator.metrics.comet import Comet
 from cvm_translator.metrics.rouge import ROUGE_TYPES, Rouge
 from cvm_translator.metrics.surface import Bleu, Chrf, ExactMatch, Ter
 
-__all__ = ["METRICS", "ROUGE_TYPES", "Metric", "MetricOptions", "Score", "build_metrics"]
+__all__ = ["METRICS", "ROUGE_TYPES", "Metric", "MetricOptions", "build_metrics"]
 
 
 @dataclass(frozen=True)

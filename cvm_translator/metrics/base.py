@@ -1,4 +1,4 @@
-"""What a metric is: a computation (`Metric`), its result (`Score`), and the text that makes it reproducible.
+"""What a metric is: statistics of sentences, a score of their sum, and the signature that makes it reproducible.
 
 Guarantees: a metric turns N pairs of strings into an (N, K) float64 array of *sufficient statistics*, one row a
 sentence, and any sum of such rows into a score. A resampled corpus is a weighted sum of rows, so resampling never
@@ -8,7 +8,6 @@ scores a sentence again. Non-finite statistics are refused with ValueError; no m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -35,23 +34,6 @@ class Metric(Protocol):
 
     def retention_value(self, score: FloatArray) -> FloatArray:
         """The score on the scale on which higher is better, 0 is worthless, and 1 is a perfect match."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric's value on a corpus, with its confidence interval where one was computed."""
-
-    name: str
-    value: float
-    signature: str
-    interval: tuple[float, float] | None = None
-
-    def __str__(self) -> str:
-        digits = 4 if self.name in ("bertscore", "comet") else 2
-        text = f"{self.name} = {self.value:.{digits}f}"
-        if self.interval is not None:
-            text += f" [{self.interval[0]:.{digits}f}, {self.interval[1]:.{digits}f}]"
-        return text
 
 
 class MeanMetric:

@@ -94,6 +94,7 @@ class QualityDegradationDetector:
         """Step and attempt of the best."""
         self.history: list[tuple[int, int, float]] = []
         """Step, attempt and Q of every validation that had one."""
+        self._drop_noise: float | None = None
 
     # ------------------------------------------------------------------------------------------------ numbers
 
@@ -138,8 +139,6 @@ class QualityDegradationDetector:
             raise ValueError("the detector has measured nothing yet: no noise to estimate")
         draws = self.scale.quality(self.draw_scores(measurement))
         return float(draws.std() / draws.mean())
-
-    _drop_noise: float | None = None
 
     # ----------------------------------------------------------------------------------------------- verdicts
 

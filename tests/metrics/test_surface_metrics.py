@@ -9,7 +9,7 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from cvm_translator.metrics import METRICS, MetricOptions, build_metrics
-from cvm_translator.metrics.base import Score, check_finite
+from cvm_translator.metrics.base import check_finite
 from cvm_translator.metrics.surface import Bleu, Chrf, ExactMatch, Ter
 
 REFERENCES = [
@@ -138,8 +138,3 @@ def test_nan_is_refused_with_the_sentence() -> None:
 def test_rouge_is_three_metrics_and_every_name_of_the_config_is_known() -> None:
     assert [metric.name for metric in build_metrics(["rouge"], MetricOptions())] == ["rouge1", "rouge2", "rougeL"]
     assert set(METRICS) == {"bleu", "chrf", "ter", "rouge", "bertscore", "comet", "exact_match"}
-
-
-def test_a_score_tells_its_interval() -> None:
-    assert str(Score("bleu", 28.914, "sig", (27.0, 30.5))) == "bleu = 28.91 [27.00, 30.50]"
-    assert str(Score("bertscore", 0.7, "sig")) == "bertscore = 0.7000"
