@@ -9,8 +9,8 @@ Refuses (CorpusError): an input that changed since the manifest was written, too
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cvm_translator.corpus.packages import fetch_packages, find_cache_dir
 from cvm_translator.corpus.readers import ReaderContext, read_source
 from cvm_translator.corpus.records import BadRow, Pair, Skipped
 from cvm_translator.corpus.splits import check_disjoint, choose_sample, compute_keys, find_shared, hold_out, take
+from cvm_translator.corpus.tally import Tally, check_role
 from cvm_translator.errors import CorpusError
 from cvm_translator.runs.atomic import sha256_file, write_json, write_stream
 
@@ -48,28 +49,6 @@ class CorpusSummary:
     """Malformed rows by reason."""
     sha256: str
     """Hash over the hashes of all outputs: the identity of this corpus."""
-
-
-@dataclass
-class _Tally:
-    """Counts of one source, for filters.json."""
-
-    role: str
-    source: str
-    num_read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    quarantined: Counter[str] = field(default_factory=Counter)
-    num_kept: int = 0
-
-    def to_plain(self) -> dict[str, Any]:
-        return {
-            "role": self.role,
-            "source": self.source,
-            "num_read": self.num_read,
-            "dropped": {name: self.dropped[name] for name in FILTERS if self.dropped[name]},
-            "quarantined": dict(sorted(self.quarantined.items())),
-            "num_kept": self.num_kept,
-        }
 
 
 def build_corpus(
@@ -160,10 +139,10 @@ def _one_by_one(source: Source) -> Iterator[Source]:
 
 def _read_pools(
     config: CorpusConfig, directory: Path, context: ReaderContext
-) -> tuple[dict[str, list[Pair]], list[_Tally], Counter[str]]:
+) -> tuple[dict[str, list[Pair]], list[Tally], Counter[str]]:
     """Clean pairs of each role; malformed rows stream into quarantine.tsv."""
     pools: dict[str, list[Pair]] = {role: [] for role in ROLES}
-    tallies: list[_Tally] = []
+    tallies: list[Tally] = []
 
     def fill(stream: Any) -> None:
         stream.write(b"origin\treason\ttext\n")
@@ -171,7 +150,7 @@ def _read_pools(
             cleaner = Cleaner(config.cleaning, config.source_language, config.target_language)
             for source in getattr(config, role):
                 for part in _one_by_one(source):
-                    tally = _Tally(role, describe_source(part))
+                    tally = Tally(role, describe_source(part))
                     tallies.append(tally)
                     pools[role] += _read_one(part, cleaner, tally, stream, context)
 
@@ -180,12 +159,13 @@ def _read_pools(
     for tally in tallies:
         quarantine.update(tally.quarantined)
     for role in ROLES:
-        _check_role(role, config, pools[role], [tally for tally in tallies if tally.role == role], directory)
+        own = [tally for tally in tallies if tally.role == role]
+        check_role(role, config.cleaning, own, directory)
     return pools, tallies, quarantine
 
 
 def _read_one(
-    source: Source, cleaner: Cleaner, tally: _Tally, quarantine: Any, context: ReaderContext
+    source: Source, cleaner: Cleaner, tally: Tally, quarantine: Any, context: ReaderContext
 ) -> Iterator[Pair]:
     before = cleaner.counts.copy()
     for record in read_source(source, context):
@@ -200,30 +180,6 @@ def _read_one(
             tally.num_kept += 1
             yield pair
     tally.dropped.update(cleaner.counts - before)
-
-
-def _check_role(role: str, config: CorpusConfig, pairs: list[Pair], tallies: Iterable[_Tally], directory: Path) -> None:
-    """Refuse a role that is malformed beyond the allowed share, or empty although it has sources."""
-    tallies = list(tallies)
-    num_read = sum(tally.num_read for tally in tallies)
-    reasons = Counter[str]()
-    for tally in tallies:
-        reasons.update(tally.quarantined)
-    num_bad = reasons.total()
-    counts = ", ".join(f"{name} {count}" for name, count in reasons.most_common())
-    allowed = config.cleaning.max_quarantine_share
-    if num_bad > allowed * num_read:
-        raise CorpusError(
-            f"corpus.{role}: {num_bad} of {num_read} rows are malformed ({counts}), more than max_quarantine_share "
-            f"{allowed:g}: see {directory / 'quarantine.tsv'} and mend the files, or raise the share"
-        )
-    if tallies and not pairs:
-        names = ", ".join(tally.source for tally in tallies[:3])
-        dropped = Counter[str]()
-        for tally in tallies:
-            dropped.update(tally.dropped)
-        why = f"; dropped: {', '.join(f'{n} {c}' for n, c in dropped.most_common())}" if dropped else ""
-        raise CorpusError(f"corpus.{role}: no clean pairs in {names} ({num_read} rows read{why}): the corpus is empty")
 
 
 # ----------------------------------------------------------------------------------------------------------- splitting
@@ -289,7 +245,7 @@ def _describe_sizes(sizes: dict[str, int]) -> str:
 
 
 def _report_counts(
-    tallies: list[_Tally], filters: dict[str, int], quarantine: Counter[str], sizes: dict[str, int], report: Report
+    tallies: list[Tally], filters: dict[str, int], quarantine: Counter[str], sizes: dict[str, int], report: Report
 ) -> None:
     report(f"corpus: read {sum(tally.num_read for tally in tallies):,} rows from {len(tallies)} sources")
     for name, count in filters.items():

@@ -35,10 +35,11 @@ FILTERS = (
 )
 
 RATIO_SLACK_CHARACTERS = 20
-LANGUAGE_MIN_LETTERS = 40
-LANGUAGE_MIN_WORDS = 6
-LANGUAGE_MAX_PROBABILITY = 0.02
-"""A side is in the wrong language if its own has at most this probability."""
+LANGUAGE_MIN_LETTERS = 25
+LANGUAGE_MIN_WORDS = 4
+LANGUAGE_MAX_PROBABILITY = 0.1
+"""A side is in the wrong language if its own has at most this probability. Measured on the default corpus: 7 of 7,900
+good sides are dropped, and 99.5 % of the sides in the other language."""
 COMMON_LANGUAGES = ("de", "en", "fr", "es", "it", "nl", "pt", "pl", "cs", "sv", "da", "ru", "uk", "ja", "zh", "tr")
 
 

@@ -15,11 +15,15 @@ from cvm_translator.config.schema import GettextPackage, GettextSource
 from cvm_translator.corpus.catalogues import CatalogueError, Entry, read_catalogue
 from cvm_translator.corpus.packages import describe_package, fetch_package, open_members
 from cvm_translator.corpus.records import BadRow, Record, Skipped, make_excerpt, make_pair
-from cvm_translator.corpus.text import count_letters, strip_accelerators, strip_html
+from cvm_translator.corpus.text import count_letters, strip_accelerators, strip_markup
 from cvm_translator.errors import CorpusError
 
 MAX_TAG_SHARE = 0.4
-_SYMBOLIC = re.compile(r"^[A-Za-z0-9]+(?:[_.:\-][A-Za-z0-9]+)*[_.:][A-Za-z0-9_.:\-]+$")
+"""Of an entry's characters; one with more tags than that is dropped."""
+UNREADABLE = "unreadable_catalogue"
+PROMPT_CHOICES = "$$ &"
+"""Mercurial's mark between the choices of a prompt, which is no sentence."""
+_SYMBOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]*")
 
 
 def read_gettext(
@@ -71,13 +75,12 @@ def read_package(
 
 def _read_path(path: Path, label: str, language: str, swap: bool) -> Iterator[Record]:
     if path.is_file():
-        try:
-            list(read_catalogue(path.read_bytes(), path.suffix in (".mo", ".gmo")))
-        except CatalogueError as error:
-            raise CorpusError(
-                f"{label} is no gettext catalogue ({error}): name a .po or .mo file or a folder"
-            ) from error
-        yield from _read_entries(path.read_bytes(), path.suffix in (".mo", ".gmo"), label, swap)
+        for record in _read_entries(path.read_bytes(), path.suffix in (".mo", ".gmo"), label, swap):
+            if isinstance(record, BadRow) and record.reason == UNREADABLE:
+                raise CorpusError(
+                    f"{label} is no gettext catalogue ({record.excerpt}): name a .po or .mo file or a folder"
+                )
+            yield record
         return
     for name in list_catalogue_files(path, label, language):
         yield from _read_entries((path / name).read_bytes(), name.endswith(".mo"), f"{label}/{name}", swap)
@@ -116,7 +119,7 @@ def _find_locale(name: str, language: str) -> tuple[int, str] | None:
 
 
 def choose_catalogues(names: list[str], language: str) -> list[str]:
-    """The catalogues of a language: per domain its plainest locale (`de` before `de_DE` before `de_AT`), .po before .mo."""
+    """The catalogues of a language: per domain the plainest locale (`de`, `de_DE`, `de_AT`), .po before .mo."""
     best: dict[str, tuple[int, int, str]] = {}
     for name in names:
         if not name.endswith((".po", ".mo")):
@@ -146,22 +149,30 @@ def _read_entries(data: bytes, is_binary: bool, label: str, swap: bool) -> Itera
     try:
         entries = list(read_catalogue(data, is_binary))
     except CatalogueError as error:
-        yield BadRow(label, "unreadable_catalogue", make_excerpt(str(error)))
+        yield BadRow(label, UNREADABLE, make_excerpt(str(error)))
         return
     for entry in entries:
         yield _make_record(entry, f"{label}:{entry.line}", swap)
+
+
+def is_symbolic(msgid: str) -> bool:
+    """Whether a msgid is a key such as `label_file` or `menu.open`, not text such as `Open...`."""
+    core = msgid.rstrip(".:")
+    return _SYMBOL.fullmatch(core) is not None and any(mark in core for mark in "_.:")
 
 
 def _make_record(entry: Entry, origin: str, swap: bool) -> Record:
     if entry.state:
         return Skipped(origin, entry.state)
     text = entry.default or entry.msgid
-    if _SYMBOLIC.match(text):
+    if is_symbolic(text):
         return Skipped(origin, "symbolic_msgid")
     translation = entry.msgstr
     if not text.strip() or not translation.strip():
         return Skipped(origin, "untranslated")
-    stripped, stripped_translation = strip_html(text), strip_html(translation)
+    if PROMPT_CHOICES in text or PROMPT_CHOICES in translation:
+        return Skipped(origin, "markup")
+    stripped, stripped_translation = strip_markup(text), strip_markup(translation)
     for (plain, removed), original in ((stripped, text), (stripped_translation, translation)):
         if removed > MAX_TAG_SHARE * len(original) or not count_letters(plain):
             return Skipped(origin, "markup")

