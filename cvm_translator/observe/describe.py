@@ -121,7 +121,8 @@ def describe_validation(validation: Mapping[str, Any] | None) -> str:
     ]
     quality = validation.get("quality_score")
     if is_known(quality):
-        parts.insert(0, f"quality {format_percent(quality)} of the teacher")
+        # While the teacher itself is trained there is none to compare with.
+        parts.insert(0, f"quality {format_percent(quality)} of the teacher" if teacher else f"quality {quality:.3f}")
     return f"step {validation.get('step')}: {', '.join(parts)}"
 
 

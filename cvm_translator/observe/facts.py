@@ -18,7 +18,7 @@ from typing import Any
 
 from cvm_translator.errors import RunFolderError
 from cvm_translator.observe.advice import AdviceFacts
-from cvm_translator.observe.history import History, read_history
+from cvm_translator.observe.history import History, of_stage, read_history
 from cvm_translator.observe.text import as_number, is_known
 from cvm_translator.runs.layout import RunLayout
 
@@ -49,7 +49,7 @@ class Facts:
     def deployed(self) -> str:
         """Which model was gated: the quantised student where there is one, else the float one."""
         names = [name for name in (self.final.get("test") or {}) if name not in ("teacher", "float")]
-        return names[0] if names else "float"
+        return str(self.final.get("deployed") or (names[0] if names else "float"))
 
     @property
     def threshold(self) -> float:
@@ -64,12 +64,12 @@ class Facts:
         total = as_number(self.setting("distillation.num_iterations"))
         if self.setting("quantization.method") != "qat" or not math.isfinite(share * total):
             return None
-        return int(share * total)
+        return int(share * total) + 1
 
     @property
-    def rollbacks(self) -> list[Mapping[str, Any]]:
+    def rollbacks(self) -> list[dict[str, Any]]:
         """From the events, which name both steps; where they are gone, from the final report."""
-        return list(self.history.rollbacks) or list(self.final.get("rollbacks") or [])
+        return [*of_stage(self.history.rollbacks, "distil")] or list(self.final.get("rollbacks") or [])
 
 
 def dig(data: Any, path: str, default: Any = None) -> Any:

@@ -13,25 +13,22 @@ import argparse
 import json
 import os
 import sys
-import threading
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cvm_translator.errors import EXIT_ERROR, EXIT_OK, CvmError
 from cvm_translator.observe.alerts import Alert, AlertBook, alerts_of_event, alerts_of_status
-from cvm_translator.observe.describe import describe_event, format_status
+from cvm_translator.observe.describe import format_status
 from cvm_translator.observe.history import Event
+from cvm_translator.observe.schedule import ScheduledReports
+from cvm_translator.observe.screens import END_STATES, JsonScreen, LineScreen, LiveScreen, Screen, View
 from cvm_translator.observe.status import read_status
 from cvm_translator.observe.text import printable
 from cvm_translator.observe.watch import FileHints, ProcessWatch, RunWatch
 from cvm_translator.runs.layout import RunLayout
 
 DEFAULT_RUN_DIR = "distillation_output"
-PROGRESS_LINE_SECONDS = 60.0
-END_STATES = ("done", "failed")
 
 
 def main(
@@ -69,7 +66,7 @@ class Monitor:
         self.watch, self.screen, self.refresh_seconds = watch, screen, refresh_seconds
         self.book = AlertBook(watch.layout.monitor / "alerts.log")
         self.hints = FileHints()
-        self.process = ProcessWatch()
+        self.view = View(watch, self.book, ProcessWatch())
         self.reports = ScheduledReports(watch.layout, report_every_seconds)
 
     def follow(self) -> dict[str, Any]:
@@ -83,7 +80,7 @@ class Monitor:
                 self.reports.start()
                 self.reports.rearm()
             alerts = self._find_alerts(events, status)
-            self.screen.show(self, status, [] if is_first else events, alerts)
+            self.screen.show(self.view, status, [] if is_first else events, alerts)
             is_first = False
             if status["state"] in END_STATES:
                 return status
@@ -102,163 +99,6 @@ class Monitor:
         self.hints.stop()
         self.reports.close()
         self.watch.close()
-
-
-class ScheduledReports:
-    """Writes the status report every so often, in a thread of its own."""
-
-    def __init__(self, layout: RunLayout, every_seconds: float) -> None:
-        self.layout, self.every_seconds = layout, every_seconds
-        self._scheduler: Any = None
-        self._failures: list[Alert] = []
-        self._guard = threading.Lock()
-        self._written_at = time.monotonic()
-
-    def start(self) -> None:
-        """Begin with a report at once; nothing if already begun."""
-        if self._scheduler is not None:
-            return
-        from apscheduler.schedulers.background import BackgroundScheduler
-
-        self._scheduler = BackgroundScheduler(daemon=True, timezone=UTC)
-        self._scheduler.add_job(
-            self._write,
-            "interval",
-            seconds=self.every_seconds,
-            id="report",
-            coalesce=True,
-            max_instances=1,
-            misfire_grace_time=None,
-            next_run_time=datetime.now(UTC),
-        )
-        self._scheduler.start()
-
-    def rearm(self) -> None:
-        """Undo what a jump of the wall clock did to the schedule: by the monotonic clock a report is overdue."""
-        if time.monotonic() - self._written_at > 1.5 * self.every_seconds + 5:
-            self._written_at = time.monotonic()
-            self._scheduler.modify_job("report", next_run_time=datetime.now(UTC) + timedelta(milliseconds=1))
-
-    def _write(self) -> None:
-        from cvm_translator.observe.status_report import write_status_report
-
-        self._written_at = time.monotonic()
-        if not self.layout.root.is_dir():
-            return  # the folder was taken away; a reader does not make it again
-        try:
-            write_status_report(self.layout.root, round(self.every_seconds))
-        except OSError as error:  # a full disk must not end the monitor, but be told
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            with self._guard:
-                self._failures.append(
-                    Alert(f"report_failed/{now[:13]}", "WARNING", f"the status report was not written: {error}", now)
-                )
-
-    def take_failures(self) -> list[Alert]:
-        with self._guard:
-            failures, self._failures = self._failures, []
-        return failures
-
-    def close(self) -> None:
-        """Stop the schedule and write the last report."""
-        if self._scheduler is not None:
-            self._scheduler.shutdown(wait=True)
-            self._write()
-
-
-# ----------------------------------------------------------------------------------------------------------- screens
-
-
-class Screen(Protocol):
-    def show(
-        self, monitor: Monitor, status: dict[str, Any], events: Sequence[Event], alerts: Sequence[Alert]
-    ) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class LiveScreen:
-    """A view on a terminal that is drawn anew on every beat."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._live = Live(console=Console(), auto_refresh=False, transient=True, screen=False)
-        self._live.start()
-
-    def show(self, monitor: Monitor, status: dict[str, Any], events: Sequence[Event], alerts: Sequence[Alert]) -> None:
-        from cvm_translator.observe.live import build_view
-
-        watch = monitor.watch
-        process = monitor.process.measure(watch.holder)
-        view = build_view(
-            watch.layout,
-            status,
-            watch.history,
-            process,
-            monitor.book.told,
-            list(watch.log_lines),
-            self._live.console.height,
-        )
-        self._live.update(view, refresh=True)
-
-    def close(self) -> None:
-        self._live.stop()
-
-
-class LineScreen:
-    """Plain lines for a pipe or a file: the state at first, then one line for every event of interest."""
-
-    def __init__(self) -> None:
-        self._state: str | None = None
-        self._progress_at = 0.0
-
-    def show(self, monitor: Monitor, status: dict[str, Any], events: Sequence[Event], alerts: Sequence[Alert]) -> None:
-        if self._state is None or status["state"] != self._state:
-            if status["state"] == "never_started":
-                print(f"waiting for a run in {printable(status['run_dir'])}", flush=True)
-            elif status["state"] not in END_STATES:
-                print(format_status(status), flush=True)
-        self._state = status["state"]
-        for event in events:
-            if (text := describe_event(event)) is not None:
-                print(f"{printable(event.get('time'))[:19]} {printable(text)}", flush=True)
-        for alert in alerts:
-            print(f"{alert.time[:19]} ALERT {alert.level}: {printable(alert.message)}", flush=True)
-        if (
-            status["state"] == "running"
-            and status["step"] is not None
-            and time.monotonic() - self._progress_at >= PROGRESS_LINE_SECONDS
-        ):
-            self._progress_at = time.monotonic()
-            print(self._progress_line(status), flush=True)
-
-    def _progress_line(self, status: dict[str, Any]) -> str:
-        from cvm_translator.observe.describe import describe_losses, describe_speed, describe_step
-
-        parts = [describe_step(status), describe_speed(status), describe_losses(status["losses"] or {})]
-        return f"{printable(status['stage'] or 'starting')}: {'; '.join(part for part in parts if part)}"
-
-    def close(self) -> None:
-        sys.stdout.flush()
-
-
-class JsonScreen:
-    """One status object a line, whenever the run has moved; alerts under `alerts`."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, ...] | None = None
-
-    def show(self, monitor: Monitor, status: dict[str, Any], events: Sequence[Event], alerts: Sequence[Alert]) -> None:
-        mark = (status["state"], status["stage"], status["step"], status["attempt"], monitor.watch.history.num_events)
-        if mark != self._last or alerts:
-            told = [{"key": alert.key, "level": alert.level, "message": alert.message} for alert in alerts]
-            print(json.dumps(status | {"alerts": told}, ensure_ascii=True), flush=True)
-        self._last = mark
-
-    def close(self) -> None:
-        sys.stdout.flush()
 
 
 # ---------------------------------------------------------------------------------------------------- command line

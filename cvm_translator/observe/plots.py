@@ -7,108 +7,35 @@ float student teal, the deployed student blue, what a rollback threw away pale, 
 
 from __future__ import annotations
 
-import functools
-import io
 import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cvm_translator.observe.history import Event, History, TrainCurve, of_stage
+from cvm_translator.observe.plot_style import (
+    BAD,
+    DISTILLATION,
+    INK,
+    MARK,
+    MODELS,
+    STUDENT,
+    TASK,
+    TEACHER,
+    add_legend,
+    build_figure,
+    build_handle,
+    style_steps_axis,
+    styled,
+    to_png,
+)
 from cvm_translator.observe.text import as_number, is_known, ordered_metrics, printable, short_metric_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-INK, MUTED, GRID, PALE = "#1f2933", "#66727f", "#e4e8ec", "#c9d3dd"
-TEACHER, FLOAT, STUDENT, BAD, MARK = "#7b8794", "#159a8c", "#2563eb", "#d64545", "#8d5bd6"
-TASK, DISTILLATION = "#e08e0b", "#159a8c"
-MODELS = {"teacher": ("Teacher", TEACHER), "float": ("Student, float", FLOAT), "int8": ("Student, int8", STUDENT)}
 SMOOTHING_SHARE = 0.01
 """Width of the training curves' moving average, as a share of their length."""
 MAX_POINTS = 2000
-
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.parse_math": False,
-    "axes.edgecolor": PALE,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "text.color": INK,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "white",
-}
-
-
-_lock = threading.Lock()
-Plot = TypeVar("Plot", bound=Callable[..., "bytes | None"])
-
-
-def _styled(plot: Plot) -> Plot:
-    """Draw under this module's style; one plot at a time, since matplotlib keeps its settings for the whole process."""
-
-    @functools.wraps(plot)
-    def styled(*args: Any, **kwargs: Any) -> bytes | None:
-        import matplotlib
-
-        with _lock, matplotlib.rc_context(_STYLE):
-            return plot(*args, **kwargs)
-
-    return styled  # type: ignore[return-value]
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.06, wspace=0.04)  # type: ignore[union-attr,call-arg]
-    return figure, list(axes.flat)
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
-
-
-def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """One legend for all panels, above them and so never over the data."""
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), handlelength=1.8, columnspacing=1.8)
-
-
-def _steps_axis(axes: Axes, last_step: float, label: bool = True, num_ticks: int = 8) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.set_xlim(0, max(1.0, last_step) * 1.03)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=num_ticks, integer=True))
-    thousands = last_step >= 2000
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value / 1000:g}k" if thousands and value else f"{value:g}")
-    )
-    if label:
-        axes.set_xlabel("step")
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
@@ -126,12 +53,12 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return result
 
 
-def _thinned(*columns: Sequence[float]) -> list[Sequence[float]]:
+def thin(*columns: Sequence[float]) -> list[Sequence[float]]:
     stride = max(1, math.ceil(len(columns[0]) / MAX_POINTS))
     return [column[::stride] for column in columns]
 
 
-@_styled
+@styled
 def plot_training(
     curve: TrainCurve | None, rollbacks: Sequence[Event] = (), quantised_from: int | None = None
 ) -> bytes | None:
@@ -141,7 +68,7 @@ def plot_training(
     rows, gone = curve.kept_rows(), curve.discarded_rows()
     steps = [curve.steps[row] for row in rows]
     last_step = max(curve.steps)
-    figure, (losses, accuracy, rate) = _figure(3, 1, 8.6, 7.6)
+    figure, (losses, accuracy, rate) = build_figure(3, 1, 8.6, 7.6)
     panels = [(losses, "loss", "Total", STUDENT), (losses, "distillation_loss", "Distillation", DISTILLATION)]
     panels += [
         (losses, "task_loss", "Task", TASK),
@@ -152,7 +79,7 @@ def plot_training(
     width = max(5, int(len(rows) * SMOOTHING_SHARE))
     for axes, name, label, colour in panels:
         column = curve.columns[name]
-        values = [column[row] for row in rows]
+        values = [math.nan if curve.skipped[row] else column[row] for row in rows]
         if not any(math.isfinite(value) for value in values):
             continue
         if name == "task_loss" and not any(math.isfinite(value) for value in curve.columns["distillation_loss"]):
@@ -160,11 +87,11 @@ def plot_training(
         smoothing = 1 if name == "learning_rate" else width
         if gone:
             lost = [math.nan if curve.skipped[row] else column[row] for row in gone]
-            xs, ys = _thinned([curve.steps[row] for row in gone], smooth(lost, smoothing))
+            xs, ys = thin([curve.steps[row] for row in gone], smooth(lost, smoothing))
             axes.plot(xs, ys, color=colour, alpha=0.35, linewidth=1.4, linestyle=(0, (2, 1.5)))
         if smoothing > 1 and name in ("loss", "accuracy"):
-            axes.plot(*_thinned(steps, values), color=colour, alpha=0.16, linewidth=0.6)
-        (line,) = axes.plot(*_thinned(steps, smooth(values, smoothing)), color=colour)
+            axes.plot(*thin(steps, values), color=colour, alpha=0.16, linewidth=0.6)
+        (line,) = axes.plot(*thin(steps, smooth(values, smoothing)), color=colour)
         if label:
             handles.append(line)
             labels.append(label)
@@ -177,24 +104,18 @@ def plot_training(
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     for axes in (losses, accuracy, rate):
-        _steps_axis(axes, last_step, label=axes is rate)
+        style_steps_axis(axes, last_step, label=axes is rate)
         _mark_rollbacks(axes, rollbacks, text=axes is losses)
-        if quantised_from and 0 < quantised_from < last_step:
+        if quantised_from and 1 < quantised_from < last_step:
             axes.axvline(quantised_from, color=MARK, linewidth=1.1, linestyle=(0, (1, 2)))
             if axes is losses:
                 _annotate(axes, quantised_from, "fake quantisation from here", MARK, row=1, limit=0.35)
     if gone:
-        handles.append(_proxy(STUDENT, alpha=0.35, linestyle=(0, (2, 1.5))))
+        handles.append(build_handle(STUDENT, alpha=0.35, linestyle=(0, (2, 1.5))))
         labels.append("Thrown away by a rollback")
     if len(labels) > 1:
-        _legend(figure, handles, labels)
-    return _png(figure)
-
-
-def _proxy(colour: str, **options: Any) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=colour, **options)
+        add_legend(figure, handles, labels)
+    return to_png(figure)
 
 
 def _finish_loss_axis(axes: Axes, curve: TrainCurve, rows: Sequence[int]) -> None:
@@ -233,7 +154,7 @@ def _annotate(axes: Axes, step: float, text: str, colour: str, row: int, limit: 
     )
 
 
-@_styled
+@styled
 def plot_validation(history: History) -> bytes | None:
     """Every metric by step with the teacher's line, the best validation and what a rollback threw away."""
     kept = history.student_validations()
@@ -246,22 +167,22 @@ def plot_validation(history: History) -> bytes | None:
         names.remove("quality_score")
     columns = min((3, 4, 5), key=lambda n: (-len(names) % n, -n)) if len(names) > 3 else len(names)
     rows = math.ceil(len(names) / columns)
-    figure, panels = _figure(rows, columns, 2.3 * max(columns, 3), 0.7 + 2.1 * rows)
+    figure, panels = build_figure(rows, columns, 2.3 * max(columns, 3), 0.7 + 2.1 * rows)
     best_step = history.best_step()
     last_step = max(v["step"] for v in kept + gone)
     for axes, name in zip(panels, names, strict=False):
         _plot_metric(axes, name, kept, gone, best_step)
-        _steps_axis(axes, last_step, label=axes in panels[len(names) - columns : len(names)], num_ticks=5)
+        style_steps_axis(axes, last_step, label=axes in panels[len(names) - columns : len(names)], num_ticks=5)
     for axes in panels[len(names) :]:
         axes.remove()
-    handles = [_proxy(STUDENT, marker="o", markersize=4), _proxy(TEACHER, linestyle=(0, (5, 2)))]
-    handles.append(_proxy(STUDENT, marker="*", markersize=11, linestyle="none"))
+    handles = [build_handle(STUDENT, marker="o", markersize=4), build_handle(TEACHER, linestyle=(0, (5, 2)))]
+    handles.append(build_handle(STUDENT, marker="*", markersize=11, linestyle="none"))
     labels = ["Student, quantised", "Teacher", "Best"]
     if gone:
-        handles.append(_proxy(BAD, marker="x", markersize=6, linestyle="none"))
+        handles.append(build_handle(BAD, marker="x", markersize=6, linestyle="none"))
         labels.append("Rolled back")
-    _legend(figure, handles, labels)
-    return _png(figure)
+    add_legend(figure, handles, labels)
+    return to_png(figure)
 
 
 def _plot_metric(axes: Axes, name: str, kept: Sequence[Event], gone: Sequence[Event], best_step: int | None) -> None:
@@ -305,7 +226,7 @@ def _teacher_score(validations: Sequence[Event], name: str) -> float:
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9, "annotation_clip": False}
 
 
-@_styled
+@styled
 def plot_retention(
     retentions: Mapping[str, Mapping[str, Any]], threshold: float, gated: Sequence[str] = ()
 ) -> bytes | None:
@@ -313,7 +234,7 @@ def plot_retention(
     names = [name for name in ordered_metrics(retentions) if is_known((retentions[name] or {}).get("value"))]
     if not names:
         return None
-    figure, (axes,) = _figure(1, 1, 8.6, 1.0 + 0.36 * len(names))
+    figure, (axes,) = build_figure(1, 1, 8.6, 1.0 + 0.36 * len(names))
     axes.axvline(100 * threshold, color=BAD, linewidth=1.3, linestyle=(0, (4, 2)))
     axes.axvline(100, color=TEACHER, linewidth=1.3)
     edges = [100.0, 100 * threshold]
@@ -340,38 +261,50 @@ def plot_retention(
     axes.tick_params(axis="y", labelcolor=INK, length=0)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("% of the teacher's score on the test set" + ("   (* judged by the gate)" if gated else ""))
-    return _png(figure)
+    return to_png(figure)
 
 
-@_styled
-def plot_errors(validations: Sequence[Event], ignored: Sequence[str] = ("sentences", "num_sentences")) -> bytes | None:
-    """Degenerate outputs by category over the validations: one small panel each, so that rare ones show too."""
-    counts = [(v["step"], v.get("probes") or {}) for v in validations]
-    names = sorted({n for _, probes in counts for n, value in probes.items() if is_known(value) and n not in ignored})
+@styled
+def plot_errors(
+    counts: Sequence[tuple[int, Mapping[str, Any]]], teacher: Mapping[str, Any] | None = None
+) -> bytes | None:
+    """Faulty outputs by category over the validations: one small panel each, so that rare ones show too.
+
+    `counts` holds a step and its number of sentences by category; `teacher` the teacher's numbers.
+    """
+    names = sorted({name for _, found in counts for name, value in found.items() if is_known(value)})
     if not names or not counts:
         return None
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, panels = _figure(rows, columns, 9.6, 0.3 + 1.95 * rows)
+    figure, panels = build_figure(rows, columns, 9.6, 0.3 + 1.95 * rows)
     from matplotlib.ticker import MaxNLocator
 
     for index, (axes, name) in enumerate(zip(panels, names, strict=False)):
-        points = [(step, as_number(probes.get(name))) for step, probes in counts if is_known(probes.get(name))]
+        points = [(step, as_number(found.get(name))) for step, found in counts if is_known(found.get(name))]
         steps, values = zip(*points, strict=True)
         axes.fill_between(steps, values, color=STUDENT, alpha=0.13, linewidth=0)
         axes.plot(steps, values, color=STUDENT, marker="o", markersize=3)
         axes.set_title(printable(name).replace("_", " "))
-        axes.set_ylim(0, max(1.0, max(values) * 1.2))
+        peak = max(values)
+        level = as_number((teacher or {}).get(name))
+        if math.isfinite(level):
+            axes.axhline(level, color=TEACHER, linestyle=(0, (5, 2)), linewidth=1.4)
+            peak = max(peak, level)
+        axes.set_ylim(0, max(1.0, peak * 1.2))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=max(values) > 1 or max(values) == 0))
-        _steps_axis(axes, max(step for step, _ in counts), label=index >= len(names) - columns, num_ticks=5)
+        style_steps_axis(axes, max(step for step, _ in counts), label=index >= len(names) - columns, num_ticks=5)
         if index % columns == 0:
             axes.set_ylabel("sentences")
     for axes in panels[len(names) :]:
         axes.remove()
-    return _png(figure)
+    if teacher:
+        handles = [build_handle(STUDENT, marker="o", markersize=4), build_handle(TEACHER, linestyle=(0, (5, 2)))]
+        add_legend(figure, handles, ["Student, quantised", "Teacher"])
+    return to_png(figure)
 
 
-@_styled
+@styled
 def plot_sizes(models: Mapping[str, Mapping[str, Any]]) -> bytes | None:
     """Parameters, bytes, memory and speed of the teacher and both students."""
     present = [name for name in MODELS if models.get(name)]
@@ -386,7 +319,7 @@ def plot_sizes(models: Mapping[str, Mapping[str, Any]]) -> bytes | None:
     kinds = [kind for kind in kinds if any(is_known(models[name].get(kind[0])) for name in present)]
     if not kinds:
         return None
-    figure, panels = _figure(1, len(kinds), 2.6 * len(kinds), 2.5)
+    figure, panels = build_figure(1, len(kinds), 2.6 * len(kinds), 2.5)
     for axes, (key, title, scale, unit) in zip(panels, kinds, strict=True):
         values = [as_number(models[name].get(key)) / scale for name in present]
         heights = [value if math.isfinite(value) else 0.0 for value in values]
@@ -404,5 +337,5 @@ def plot_sizes(models: Mapping[str, Mapping[str, Any]]) -> bytes | None:
         axes.set_ylim(0, (max(heights) or 1.0) * 1.16)
     from matplotlib.patches import Patch
 
-    _legend(figure, [Patch(color=MODELS[name][1]) for name in present], [MODELS[name][0] for name in present])
-    return _png(figure)
+    add_legend(figure, [Patch(color=MODELS[name][1]) for name in present], [MODELS[name][0] for name in present])
+    return to_png(figure)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cvm_translator.observe import plots, sections
+from cvm_translator.observe import evidence, plots, sections
 from cvm_translator.observe.document import Block, Document, Heading, Picture, Text, to_html, to_markdown
 from cvm_translator.observe.facts import Facts, read_facts
 from cvm_translator.observe.text import NOT_MEASURED
@@ -57,11 +57,12 @@ def build_document(facts: Facts) -> Document:
     blocks += _picture("sizes", "Size and speed on this machine", plots.plot_sizes(facts.final.get("models") or {}))
     blocks += [Heading("Training"), *_training(facts)]
     blocks += [Heading("Validation"), *_validation(facts)]
+    blocks += [Heading("Errors"), *_errors(facts)]
     blocks += [Heading("Guard"), *sections.build_guard(facts)]
-    blocks += [Heading("Unseen domain"), *sections.build_unseen(facts)]
-    blocks += [Heading("Sample translations"), *sections.build_samples(facts, "samples")]
-    blocks += [Heading("Worst cases"), *sections.build_samples(facts, "worst")]
-    blocks += [Heading("How it was made"), *sections.build_details(facts)]
+    blocks += [Heading("Unseen domain"), *evidence.build_unseen(facts)]
+    blocks += [Heading("Sample translations"), *evidence.build_samples(facts.final.get("samples"))]
+    blocks += [Heading("Worst cases"), *evidence.build_worst(facts)]
+    blocks += [Heading("How it was made"), *evidence.build_details(facts)]
     return Document(*sections.build_title(facts), blocks=blocks)
 
 
@@ -71,21 +72,18 @@ def _picture(name: str, title: str, png: bytes | None) -> list[Block]:
 
 def _training(facts: Facts) -> list[Block]:
     curves = facts.history.curves
-    student = plots.plot_training(curves.get("distil"), facts.history.rollbacks, facts.quantised_from)
+    student = plots.plot_training(curves.get("distil"), facts.rollbacks, facts.quantised_from)
     blocks = _picture("training", "Training of the student", student)
     blocks += _picture("teacher_training", "Training of the teacher", plots.plot_training(curves.get("teacher")))
     return [*(blocks or [Text(f"Training curves: {NOT_MEASURED}.")]), *sections.build_stage_times(facts)]
 
 
 def _validation(facts: Facts) -> list[Block]:
-    blocks = _picture(
-        "validation", "Scores of the quantised student on the validation set", plots.plot_validation(facts.history)
-    )
-    if not blocks:
-        return [Text(f"Validation curves: {NOT_MEASURED}.")]
-    errors = plots.plot_errors(facts.history.student_validations())
-    return [
-        *blocks,
-        *sections.build_validation_table(facts),
-        *_picture("errors", "Faulty outputs by category over the validations", errors),
-    ]
+    blocks = _picture("validation", "Scores on the validation set, as deployed", plots.plot_validation(facts.history))
+    return [*(blocks or [Text(f"Validation curves: {NOT_MEASURED}.")]), *sections.build_validation_table(facts)]
+
+
+def _errors(facts: Facts) -> list[Block]:
+    teacher = evidence.count_errors(facts.validations.get("teacher"))
+    png = plots.plot_errors(evidence.list_error_counts(facts), teacher)
+    return [*_picture("errors", "Faulty outputs by category over the validations", png), *evidence.build_errors(facts)]

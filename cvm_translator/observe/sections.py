@@ -1,4 +1,4 @@
-"""The report's sections: facts in, blocks out.
+"""The report's first half: the answer, the comparison, the guard. Facts in, blocks out.
 
 Every function is pure. What was not measured says `not measured`; no number is made up or carried over.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 from cvm_translator.observe.advice import advise
 from cvm_translator.observe.describe import describe_verdict
-from cvm_translator.observe.document import Block, Bullets, Cell, Fold, Records, Table, Text, Verdict
-from cvm_translator.observe.facts import Facts, dig, flatten, gather_advice_facts
+from cvm_translator.observe.document import Block, Bullets, Cell, Fold, Table, Text, Verdict
+from cvm_translator.observe.facts import Facts, dig, gather_advice_facts
 from cvm_translator.observe.history import of_stage
 from cvm_translator.observe.status import find_state
 from cvm_translator.observe.text import (
@@ -52,9 +52,7 @@ def build_title(facts: Facts) -> tuple[str, str]:
 
 def build_verdict(facts: Facts) -> Verdict:
     gate = facts.final.get("gate") or {}
-    halted = (
-        " The guard halted the run before its last step; this is its best model." if facts.final.get("halted") else ""
-    )
+    halted = _describe_halt(facts.final)
     if "passed" not in gate:
         state = find_state(facts.history, None)
         words = {
@@ -86,6 +84,13 @@ def build_verdict(facts: Facts) -> Verdict:
     return Verdict(title, f"{summary} {failures}.{halted}" if failures else summary + halted, "bad")
 
 
+def _describe_halt(final: Mapping[str, Any]) -> str:
+    if not final.get("halted"):
+        return ""
+    reason = f" ({final['halt_reason']})" if final.get("halt_reason") else ""
+    return f" The guard halted the run before its last step{reason}; this is its best model."
+
+
 def _shortfall(facts: Facts, name: str, retentions: Mapping[str, Any]) -> str:
     asked = as_number(dig(facts.final, f"gate.thresholds.{name}", facts.threshold))
     missing = asked - as_number((retentions.get(name) or {}).get("value"))
@@ -105,7 +110,7 @@ def build_comparison(facts: Facts) -> list[Block]:
     names = list(dict.fromkeys(names))
     if not names:
         return [Text(f"Teacher and student: {NOT_MEASURED}.")]
-    rows = _size_rows(models, names) + _score_rows(test, names) + _retention_rows(facts, test, names)
+    rows = _size_rows(models, names) + list_score_rows(test, names) + _retention_rows(facts, test, names)
     note = "Scores on the test set, which no decision has seen; in brackets the confidence interval."
     return [Table(["", *(model_name(name) for name in names)], rows), Text(note)]
 
@@ -132,7 +137,7 @@ def _size_rows(models: Mapping[str, Any], names: Sequence[str]) -> list[list[str
     ]
 
 
-def _interval(key: str, measured: Any) -> str | Cell:
+def show_score(key: str, measured: Any) -> str | Cell:
     """A score as `33.1 [31.9, 34.3]`; also takes a bare number."""
     data = measured if isinstance(measured, Mapping) else {"value": measured}
     if not is_known(data.get("value")):
@@ -143,10 +148,10 @@ def _interval(key: str, measured: Any) -> str | Cell:
     return text
 
 
-def _score_rows(test: Mapping[str, Any], names: Sequence[str]) -> list[list[str | Cell]]:
+def list_score_rows(test: Mapping[str, Any], names: Sequence[str]) -> list[list[str | Cell]]:
     found = {key for name in names for key in (dig(test, f"{name}.scores") or {})}
     return [
-        [metric_name(key), *(_interval(key, dig(test, f"{name}.scores.{key}")) for name in names)]
+        [metric_name(key), *(show_score(key, dig(test, f"{name}.scores.{key}")) for name in names)]
         for key in ordered_metrics(found)
     ]
 
@@ -162,13 +167,13 @@ def _retention_rows(facts: Facts, test: Mapping[str, Any], names: Sequence[str])
             data = dig(test, f"{name}.retentions.{key}") or {}
             judged = key in gated and name == facts.deployed
             row.append(
-                _retention_cell(data, facts.threshold if judged else None) if name != "teacher" else Cell("–", "muted")
+                show_retention(data, facts.threshold if judged else None) if name != "teacher" else Cell("–", "muted")
             )
         rows.append(row)
     return rows
 
 
-def _retention_cell(data: Mapping[str, Any], threshold: float | None) -> str | Cell:
+def show_retention(data: Mapping[str, Any], threshold: float | None) -> str | Cell:
     value = as_number(data.get("value"))
     if not is_known(value):
         return Cell("–", "muted")
@@ -188,7 +193,7 @@ def build_gaps(facts: Facts) -> list[Block]:
     if not gaps:
         return [Text(f"Gaps: {NOT_MEASURED}.")]
     metrics = ordered_metrics({key for gap in gaps.values() for key in gap})
-    rows = [[metric_name(key), *(_interval(key, gap.get(key)) for gap in gaps.values())] for key in metrics]
+    rows = [[metric_name(key), *(show_score(key, gap.get(key)) for gap in gaps.values())] for key in metrics]
     headers = ["Change of", *(titles.get(key, key.replace("_", " ")) for key in gaps)]
     return [Table(headers, rows), Text("What distilling cost, apart from what the smaller numbers cost.")]
 
@@ -228,11 +233,11 @@ def build_guard(facts: Facts) -> list[Block]:
     final, history = facts.final, facts.history
     planned = final.get("num_iterations") or (history.run_started or {}).get("num_iterations")
     executed = final.get("executed_steps") or history.executed_steps
-    facts_line = (
-        f"{format_count(executed)} steps were executed for {format_count(planned)} in the student's own history."
-    )
+    text = f"{format_count(executed)} steps were executed for {format_count(planned)} in the student's own history."
+    if final.get("num_skipped"):
+        text += f" {format_count(final['num_skipped'])} batches were skipped (non-finite loss or a spike)."
     best = final.get("best_step", history.best_step())
-    blocks: list[Block] = [Text(f"{facts_line} The best validation was at step {format_count(best)}.")]
+    blocks: list[Block] = [Text(f"{text} The best validation was at step {format_count(best)}.")]
     smallest = dig(final, "preflight.smallest_detectable_drop")
     if is_known(smallest):
         blocks.append(
@@ -258,55 +263,3 @@ def build_guard(facts: Facts) -> list[Block]:
     if notes:
         blocks += [Text("Verdicts that were not all well:"), Bullets(notes)]
     return [*blocks, Text("Rollbacks:"), table]
-
-
-def build_unseen(facts: Facts) -> list[Block]:
-    unseen = facts.final.get("unseen") or {}
-    names = [name for name in ("teacher", "float", facts.deployed) if unseen.get(name)]
-    if not names:
-        return [Text(f"A domain that training never saw: {NOT_MEASURED}.")]
-    rows = _score_rows(unseen, list(dict.fromkeys(names)))
-    for key in ordered_metrics({key for name in names for key in (dig(unseen, f"{name}.retentions") or {})}):
-        cells = [_retention_cell(dig(unseen, f"{name}.retentions.{key}") or {}, None) for name in dict.fromkeys(names)]
-        rows.append([f"Retention: {short_metric_name(key)}", *cells])
-    table = Table(["", *(model_name(name) for name in dict.fromkeys(names))], rows)
-    return [Text("Text from a domain that was kept out of training whole; reported, not gated."), table]
-
-
-def build_samples(facts: Facts, key: str) -> list[Block]:
-    labels = {
-        "source": "Source",
-        "reference": "Reference",
-        "teacher": "Teacher",
-        "student": "Student",
-        "score": "Score",
-    }
-    items = [
-        [
-            (labels.get(name, name), format_number(sample[name]) if name == "score" else str(sample[name]))
-            for name in [*(name for name in labels if name in sample), *(name for name in sample if name not in labels)]
-        ]
-        for sample in facts.final.get(key) or []
-        if isinstance(sample, Mapping)
-    ]
-    return [Records(items)] if items else [Text(f"{NOT_MEASURED.capitalize()}.")]
-
-
-def build_details(facts: Facts) -> list[Block]:
-    parts = {
-        "All hyper-parameters": facts.config,
-        "Checks before training": {k: v for k, v in (facts.final.get("preflight") or {}).items() if k != "warnings"},
-        "Corpus": facts.final.get("corpus") or {},
-        "What each filter dropped": facts.filters,
-        "Corpus files and hashes": facts.manifest,
-        "Environment": facts.environment,
-        "Student metadata": facts.metadata,
-    }
-    blocks: list[Block] = []
-    for title, data in parts.items():
-        rows = [[name, value] for name, value in flatten(data)] if data else []
-        content: Block = (
-            Table(["Name", "Value"], rows, numeric=False) if rows else Text(f"{NOT_MEASURED.capitalize()}.")
-        )
-        blocks.append(Fold(title, [content]))
-    return blocks

@@ -25,7 +25,7 @@ from cvm_translator.observe.document import (
     to_html,
     to_markdown,
 )
-from cvm_translator.observe.history import History, read_history
+from cvm_translator.observe.history import History, of_stage, read_history
 from cvm_translator.observe.status import summarise
 from cvm_translator.observe.text import (
     format_percent,
@@ -73,8 +73,9 @@ def build_status_document(status: Mapping[str, Any], history: History, alert_lin
     rows = [[name, text] for name, text in describe.status_lines(status) if text]
     blocks += [Table(["", ""], rows, numeric=False)] if rows else []
     blocks += _validation(status)
+    rollbacks = of_stage(history.rollbacks, "distil")
     pictures = [
-        ("training", "Training of the student", plots.plot_training(history.curves.get("distil"), history.rollbacks)),
+        ("training", "Training of the student", plots.plot_training(history.curves.get("distil"), rollbacks)),
         ("teacher_training", "Training of the teacher", plots.plot_training(history.curves.get("teacher"))),
         ("validation", "Scores on the validation set", plots.plot_validation(history)),
     ]

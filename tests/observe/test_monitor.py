@@ -18,7 +18,8 @@ import pytest
 
 from cvm_translator.observe import monitor as monitor_module
 from cvm_translator.observe.live import build_view, sparkline
-from cvm_translator.observe.monitor import ScheduledReports, main
+from cvm_translator.observe.monitor import main
+from cvm_translator.observe.schedule import ScheduledReports
 from cvm_translator.observe.status_report import write_status_report
 from cvm_translator.observe.watch import ProcessWatch, RunWatch
 from cvm_translator.runs.events import EventWriter
@@ -118,9 +119,16 @@ def test_before_and_during_the_run(tmp_path: Path) -> None:
             events.write("stage_started", stage="distil")
             for step in range(1, 11):
                 events.buffer("train", step=step, stage="distil", loss=1.0, executed_step=step)
-            events.write("validation", step=10, stage="distil", scores={"bleu": 30.0}, quality_score=0.9)
+            events.write(
+                "validation",
+                step=10,
+                stage="distil",
+                scores={"bleu": 30.0},
+                teacher_scores={"bleu": 33.0},
+                quality_score=0.9,
+            )
             lines = iter(process.stdout.readline, "")
-            _read_until(lines, "validation at step 10: quality 90.0 % of the teacher, BLEU 30.00")
+            _read_until(lines, "validation at step 10: quality 90.0 % of the teacher, BLEU 30.00 (teacher 33.00)")
             events.write("verdict", step=10, verdict="degraded", drop=0.1, action="roll_back", best_step=5)
             _read_until(lines, "ALERT WARNING: verdict at step 10: degraded")
             events.write("run_finished", exit_code=5, gate_passed=False, halted=False, seconds=7.0, executed_steps=20)

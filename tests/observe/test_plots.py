@@ -30,7 +30,7 @@ def test_every_plot_of_a_real_run(make_run: Callable[..., Path]) -> None:
     drawn = [
         plots.plot_training(history.curves["distil"], history.rollbacks, 660),
         plots.plot_validation(history),
-        plots.plot_errors(history.student_validations()),
+        plots.plot_errors([(v["step"], v["probes"]) for v in history.student_validations()], {"empty": 3}),
         plots.plot_retention({"bleu": {"value": 0.8, "low": 0.7, "high": 0.9}, "chrf": {"value": 1.1}}, 0.9, ["bleu"]),
         plots.plot_sizes({"teacher": {"num_parameters": 5}, "int8": {"num_parameters": None, "num_bytes": 10}}),
     ]
@@ -63,7 +63,9 @@ def test_a_single_validation_with_names_from_elsewhere() -> None:
         {"kind": "validation", "step": 10, "scores": {"bleu": 3, "<b>$x^$": 0.1}, "probes": {"$\\frac": 1, "n": 0}}
     )
     assert plots.plot_validation(history) is not None
-    assert plots.plot_errors(history.student_validations()) is not None
+    assert (
+        plots.plot_errors([(v["step"], v["probes"]) for v in history.student_validations()], {"empty": 3}) is not None
+    )
 
 
 def test_drawing_in_threads_leaves_the_settings_alone(make_run: Callable[..., Path]) -> None:

@@ -92,7 +92,7 @@ def test_the_markdown_parses_as_meant(make_run: Callable[..., Path]) -> None:
     kinds = [token.type for token in tokens]
     assert kinds.count("table_open") == markdown.count("\n| :-- |")
     html = {token.content.strip() for token in tokens if token.type == "html_block"}
-    assert all(re.fullmatch(r"<details><summary>[\w -]+</summary>|</details>", text) for text in html)
+    assert all(re.fullmatch(r"<details><summary>[\w ,-]+</summary>|</details>", text) for text in html)
     inline = [child.type for token in tokens if token.type == "inline" for child in token.children or []]
     assert not {"link_open", "html_inline", "code_inline"} & set(inline)
     assert inline.count("image") == 6
@@ -164,7 +164,7 @@ def test_hostile_text_is_inert_wherever_it_stands(make_run: Callable[..., Path],
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text)
     tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
     html = {token.content.strip() for token in tokens if token.type == "html_block"}
-    assert all(re.fullmatch(r"<details><summary>[\w -]+</summary>|</details>", text) for text in html)
+    assert all(re.fullmatch(r"<details><summary>[\w ,-]+</summary>|</details>", text) for text in html)
     inline = [child for token in tokens if token.type == "inline" for child in token.children or []]
     assert not [child for child in inline if child.type in ("link_open", "html_inline", "code_inline")]
     assert all(str(child.attrs["src"]).startswith("plots/") for child in inline if child.type == "image")

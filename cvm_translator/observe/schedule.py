@@ -1,0 +1,78 @@
+"""Status reports on a schedule, in a thread of their own.
+
+Guarantees: one report at a time, missed ones are made up by one (coalesced), and a wall clock that jumps delays none:
+what is overdue by the monotonic clock is written at once. A report that cannot be written is told, and the schedule
+goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from cvm_translator.observe.alerts import Alert
+from cvm_translator.runs.layout import RunLayout
+
+
+class ScheduledReports:
+    """Writes the status report every so often, in a thread of its own."""
+
+    def __init__(self, layout: RunLayout, every_seconds: float) -> None:
+        self.layout, self.every_seconds = layout, every_seconds
+        self._scheduler: Any = None
+        self._failures: list[Alert] = []
+        self._guard = threading.Lock()
+        self._written_at = time.monotonic()
+
+    def start(self) -> None:
+        """Begin with a report at once; nothing if already begun."""
+        if self._scheduler is not None:
+            return
+        from apscheduler.schedulers.background import BackgroundScheduler
+
+        self._scheduler = BackgroundScheduler(daemon=True, timezone=UTC)
+        self._scheduler.add_job(
+            self._write,
+            "interval",
+            seconds=self.every_seconds,
+            id="report",
+            coalesce=True,
+            max_instances=1,
+            misfire_grace_time=None,
+            next_run_time=datetime.now(UTC),
+        )
+        self._scheduler.start()
+
+    def rearm(self) -> None:
+        """Undo what a jump of the wall clock did to the schedule: by the monotonic clock a report is overdue."""
+        if time.monotonic() - self._written_at > 1.5 * self.every_seconds + 5:
+            self._written_at = time.monotonic()
+            self._scheduler.modify_job("report", next_run_time=datetime.now(UTC) + timedelta(milliseconds=1))
+
+    def _write(self) -> None:
+        from cvm_translator.observe.status_report import write_status_report
+
+        self._written_at = time.monotonic()
+        if not self.layout.root.is_dir():
+            return  # the folder was taken away; a reader does not make it again
+        try:
+            write_status_report(self.layout.root, round(self.every_seconds))
+        except OSError as error:  # a full disk must not end the monitor, but be told
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            with self._guard:
+                self._failures.append(
+                    Alert(f"report_failed/{now[:13]}", "WARNING", f"the status report was not written: {error}", now)
+                )
+
+    def take_failures(self) -> list[Alert]:
+        with self._guard:
+            failures, self._failures = self._failures, []
+        return failures
+
+    def close(self) -> None:
+        """Stop the schedule and write the last report."""
+        if self._scheduler is not None:
+            self._scheduler.shutdown(wait=True)
+            self._write()
