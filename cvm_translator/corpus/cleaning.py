@@ -6,6 +6,7 @@ text, memory is 16 bytes or so per pair kept (hashes of what has been seen).
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -107,6 +108,7 @@ def _was_seen(seen: set[int], key: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------- language
 
 
+@functools.cache
 def build_language_check(source_language: str, target_language: str) -> Callable[[str, str], bool]:
     """A function that tells whether either side is clearly in another language than its own.
 

@@ -7,6 +7,8 @@ expected output ends with eos, so both have one position more than the target ha
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,6 +37,8 @@ class Batch:
     """(B, T) target tokens and eos."""
     num_tokens: int
     """Real target tokens, eos included: the tokens over which losses are averaged."""
+    indices: NDArray[np.int64]
+    """(B,) places of the pairs in the dataset: stable ids for what is stored by example."""
 
     def __len__(self) -> int:
         return self.src.shape[0]
@@ -47,9 +51,8 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(
-            change(self.src), change(self.src_mask), change(self.tgt_in), change(self.tgt_out), self.num_tokens
-        )
+        tensors = (change(tensor) for tensor in (self.src, self.src_mask, self.tgt_in, self.tgt_out))
+        return Batch(*tensors, self.num_tokens, self.indices)
 
     def split(self, num_parts: int) -> list[Batch]:
         """Micro-batches of nearly equal sentence counts, in order, without needless padding."""
@@ -66,6 +69,7 @@ class Batch:
             self.tgt_in[begin:end, :tgt_end],
             self.tgt_out[begin:end, :tgt_end],
             int(real.sum()),
+            self.indices[begin:end],
         )
 
 
@@ -119,6 +123,15 @@ class DistillationDataset:
     def __len__(self) -> int:
         return len(self._source.offsets) - 1
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of every token id and where each pair begins."""
+        digest = hashlib.sha256()
+        for side in (self._source, self._target):
+            digest.update(side.offsets.tobytes())
+            digest.update(side.tokens.tobytes())
+        return digest.hexdigest()
+
     def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Source and target ids of one pair, without marks."""
         return self._source[index], self._target[index]
@@ -145,6 +158,7 @@ class DistillationDataset:
             torch.from_numpy(tgt_in),
             torch.from_numpy(tgt_out),
             int(lengths[:, 1].sum()) + num_rows,
+            np.asarray(indices, dtype=np.int64),
         )
 
 

@@ -1,0 +1,181 @@
+"""The corpus stage: files, counts, reuse, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvm_translator.config.schema import CorpusConfig
+from cvm_translator.corpus.build import CorpusSummary, build_corpus, load_split
+from cvm_translator.corpus.splits import check_disjoint
+from cvm_translator.errors import CorpusError
+
+from .conftest import make_mo_bytes, make_po, make_sentences, write_tsv, write_wheel
+
+Build = Callable[..., CorpusSummary]
+TRAIN = [{"format": "tsv", "path": "train.tsv"}]
+OUTPUTS = {"train.tsv", "validation.tsv", "test.tsv", "unseen.tsv", "quarantine.tsv", "filters.json"}
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    def run(messages: list[str] | None = None, *, seed: int = 13, rebuild: bool = False, **keys: Any) -> CorpusSummary:
+        config = CorpusConfig(**{"train": TRAIN, "validation_size": 20, "test_size": 30, **keys})
+        report = (messages if messages is not None else []).append
+        return build_corpus(config, tmp_path / "corpus", seed=seed, base_dir=tmp_path, report=report, rebuild=rebuild)
+
+    return run
+
+
+def test_held_out_splits_share_nothing(tmp_path: Path, build: Build) -> None:
+    sentences = make_sentences(400)
+    write_tsv(tmp_path / "train.tsv", [*sentences, sentences[0], ("Gleich", "Gleich")])
+    messages: list[str] = []
+    summary = build(messages)
+    assert summary.sizes == {"train": 350, "validation": 20, "test": 30, "unseen": 0}
+    assert summary.filters == {"identical": 1, "exact_duplicate": 1} and not summary.reused
+    assert any("dropped 1 exact duplicate" in message for message in messages)
+    splits = {name: load_split(tmp_path / "corpus", name) for name in ("train", "validation", "test", "unseen")}
+    check_disjoint(splits)
+    assert {(p.source, p.target) for split in splits.values() for p in split} == set(sentences)
+    assert splits["train"][0].origin.startswith("train.tsv:")
+    assert {path.name for path in (tmp_path / "corpus").iterdir()} == OUTPUTS | {"manifest.json"}
+
+
+def test_reused_when_nothing_changed_and_repaired_when_damaged(tmp_path: Path, build: Build) -> None:
+    write_tsv(tmp_path / "train.tsv", make_sentences(200))
+    first = build()
+    again = build()
+    assert again.reused and (again.sha256, again.sizes, again.filters) == (first.sha256, first.sizes, first.filters)
+    (tmp_path / "corpus" / "test.tsv").write_text("x\ty\tz\n")
+    with pytest.raises(CorpusError, match=r"test\.tsv differs from its hash"):
+        load_split(tmp_path / "corpus", "test")
+    messages: list[str] = []
+    repaired = build(messages)
+    assert not repaired.reused and repaired.sha256 == first.sha256
+    assert "test.tsv" in messages[0] and "damaged" in messages[0]
+
+
+def test_without_a_manifest_it_is_built_again(tmp_path: Path, build: Build) -> None:
+    write_tsv(tmp_path / "train.tsv", make_sentences(200))
+    first = build()
+    (tmp_path / "corpus" / "manifest.json").unlink()
+    with pytest.raises(CorpusError, match=r"no manifest\.json"):
+        load_split(tmp_path / "corpus", "train")
+    assert build().sha256 == first.sha256
+
+
+def test_changed_inputs_are_refused_by_name(tmp_path: Path, build: Build) -> None:
+    write_tsv(tmp_path / "train.tsv", make_sentences(200))
+    first = build()
+    before = (tmp_path / "corpus" / "train.tsv").read_bytes()
+    write_tsv(tmp_path / "train.tsv", make_sentences(201))
+    with pytest.raises(CorpusError, match=r"train\.tsv changed since the corpus"):
+        build()
+    assert (tmp_path / "corpus" / "train.tsv").read_bytes() == before
+    write_tsv(tmp_path / "train.tsv", make_sentences(200))
+    with pytest.raises(CorpusError, match=r"other settings or files \(test_size\)"):
+        build(test_size=31)
+    with pytest.raises(CorpusError, match=r"other settings or files \(seed\)"):
+        build(seed=14)
+    assert build(seed=14, rebuild=True).sha256 != first.sha256
+
+
+def test_malformed_rows_go_to_quarantine(tmp_path: Path, build: Build) -> None:
+    write_tsv(tmp_path / "train.tsv", make_sentences(200))
+    with open(tmp_path / "train.tsv", "ab") as stream:
+        stream.write(b"kein Tabulator\nb\xffse\tbad\nnoch einer ohne")
+    summary = build()
+    assert summary.quarantine == {"no_tab": 2, "invalid_utf8": 1}
+    rows = (tmp_path / "corpus" / "quarantine.tsv").read_text(encoding="utf-8").splitlines()
+    assert rows == [
+        "origin\treason\ttext",
+        "train.tsv:201\tno_tab\tkein Tabulator",
+        "train.tsv:202\tinvalid_utf8\tb\N{REPLACEMENT CHARACTER}se\N{REPLACEMENT CHARACTER}bad",
+        "train.tsv:203\tno_tab\tnoch einer ohne",
+    ]
+    filters = json.loads((tmp_path / "corpus" / "filters.json").read_text(encoding="utf-8"))
+    assert filters["quarantine"] == {"no_tab": 2, "invalid_utf8": 1}
+    assert filters["sources"][0]["num_read"] == 203 and filters["sources"][0]["num_kept"] == 200
+
+
+def test_too_many_malformed_rows_are_refused(tmp_path: Path, build: Build) -> None:
+    write_tsv(tmp_path / "train.tsv", make_sentences(80))
+    with open(tmp_path / "train.tsv", "a") as stream:
+        stream.write("kein Tabulator\n" * 20)
+    with pytest.raises(
+        CorpusError, match=r"20 of 100 rows are malformed \(no_tab 20\), more than max_quarantine_share 0.1"
+    ):
+        build()
+    assert (tmp_path / "corpus" / "quarantine.tsv").exists()
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
+    assert build(cleaning={"max_quarantine_share": 0.2}).quarantine == {"no_tab": 20}
+
+
+@pytest.mark.parametrize("content", ["", "gleich\tgleich\n"])
+def test_an_empty_corpus_is_refused(tmp_path: Path, build: Build, content: str) -> None:
+    (tmp_path / "train.tsv").write_text(content)
+    with pytest.raises(CorpusError, match=r"corpus\.train: no clean pairs in train\.tsv .* the corpus is empty"):
+        build()
+
+
+def test_a_missing_file_and_too_small_a_corpus(tmp_path: Path, build: Build) -> None:
+    with pytest.raises(CorpusError, match=r"train\.tsv does not exist"):
+        build()
+    write_tsv(tmp_path / "train.tsv", make_sentences(40))
+    with pytest.raises(CorpusError, match="validation_size 20 and test_size 30 cannot be held out of 40"):
+        build()
+
+
+def test_explicit_lists_win_over_training(tmp_path: Path, build: Build) -> None:
+    sentences = make_sentences(200)
+    write_tsv(tmp_path / "train.tsv", sentences)
+    write_tsv(tmp_path / "val.tsv", [*sentences[:5], ("Etwas ganz anderes", "Something else"), sentences[7]])
+    write_tsv(tmp_path / "test.tsv", [sentences[7], (sentences[8][0], "Another translation of it"), ("Neu", "New")])
+    write_tsv(tmp_path / "unseen.tsv", [sentences[100], ("Neu!", "Quite new"), ("Druckkopf", "Print head")])
+    summary = build(
+        validation=[{"format": "tsv", "path": "val.tsv"}],
+        test=[{"format": "tsv", "path": "test.tsv"}],
+        unseen=[{"format": "tsv", "path": "unseen.tsv"}],
+    )
+    assert summary.sizes == {"train": 193, "validation": 6, "test": 3, "unseen": 1}
+    assert summary.filters == {
+        "validation_shared_with_test": 1,
+        "leaks_into_test": 2,
+        "leaks_into_validation": 5,
+        "unseen_shared_with_test": 1,
+        "unseen_shared_with_train": 1,
+    }
+    check_disjoint({name: load_split(tmp_path / "corpus", name) for name in summary.sizes})
+
+
+def test_sources_of_many_kinds_are_counted_each(tmp_path: Path, build: Build, local_index: Path) -> None:
+    import polib
+
+    sentences = make_sentences(300)
+    write_tsv(tmp_path / "train.tsv", sentences[:100])
+    rows = [json.dumps({"source": source, "target": target}) for source, target in sentences[100:200]]
+    (tmp_path / "more.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    catalogue = make_po([polib.POEntry(msgid=target, msgstr=source) for source, target in sentences[200:]])
+    package = write_wheel(local_index, "textpack", {"app/locale/de/LC_MESSAGES/app.mo": make_mo_bytes(catalogue)})
+    summary = build(
+        train=[
+            *TRAIN,
+            {"format": "jsonl", "path": "more.jsonl"},
+            {"format": "gettext", "packages": [package.model_dump()]},
+        ],
+        cache_dir=tmp_path / "cache",
+    )
+    assert summary.sizes["train"] == 250
+    filters = json.loads((tmp_path / "corpus" / "filters.json").read_text(encoding="utf-8"))
+    assert [(source["source"], source["num_kept"]) for source in filters["sources"]] == [
+        ("train.tsv", 100),
+        ("more.jsonl", 100),
+        ("textpack==1.0", 100),
+    ]
+    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text(encoding="utf-8"))
+    assert set(manifest["outputs"]) == OUTPUTS and set(manifest["inputs"]["files"]) == {"train.tsv", "more.jsonl"}
