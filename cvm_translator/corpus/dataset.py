@@ -51,8 +51,8 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors = (change(tensor) for tensor in (self.src, self.src_mask, self.tgt_in, self.tgt_out))
-        return Batch(*tensors, self.num_tokens, self.indices)
+        src, src_mask, tgt_in, tgt_out = map(change, (self.src, self.src_mask, self.tgt_in, self.tgt_out))
+        return Batch(src, src_mask, tgt_in, tgt_out, self.num_tokens, self.indices)
 
     def split(self, num_parts: int) -> list[Batch]:
         """Micro-batches of nearly equal sentence counts, in order, without needless padding."""

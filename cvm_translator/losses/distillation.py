@@ -176,7 +176,8 @@ class DistillationLoss:
         if self.beta:
             if smoothing:
                 probs.sub_(smoothing / num_classes)
-            probs.scatter_add_(1, targets[:, None], torch.full_like(target_logits, smoothing - 1.0))
+            index = targets[:, None]
+            probs.scatter_(1, index, probs.gather(1, index).sub_(1.0 - smoothing))  # deterministic on CUDA as well
             gradient = probs.mul_(self.beta) if gradient is None else gradient.add_(probs, alpha=self.beta)
         logits.copy_(gradient) if gradient is not None else logits.zero_()
         return distillation, task, num_correct

@@ -103,7 +103,11 @@ def describe_losses(losses: Mapping[str, Any]) -> str:
     if not is_known(losses.get("recent_loss")):
         return ""
     names = {"recent_distillation_loss": "distillation", "recent_task_loss": "task"}
-    parts = [f"{label} {format_number(losses[key], 4)}" for key, label in names.items() if is_known(losses.get(key))]
+    parts = [
+        f"{label} {format_number(losses[key], 4)}"
+        for key, label in names.items()
+        if losses.get("recent_distillation_loss")
+    ]
     detail = f" ({', '.join(parts)})" if parts else ""
     accuracy = f", accuracy {format_percent(losses['recent_accuracy'])}" if is_known(losses["recent_accuracy"]) else ""
     return f"{format_number(losses['recent_loss'], 4)}{detail}{accuracy}, last {format_number(losses['last'], 4)}"

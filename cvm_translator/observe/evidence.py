@@ -14,6 +14,7 @@ from cvm_translator.observe.sections import list_score_rows, model_name, show_re
 from cvm_translator.observe.text import (
     NOT_MEASURED,
     as_number,
+    error_name,
     format_count,
     format_number,
     format_score,
@@ -50,7 +51,7 @@ def build_errors(facts: Facts) -> list[Block]:
     blocks: list[Block] = []
     categories = sorted({key for found in counts.values() for key in found})
     if categories:
-        rows = [[_plain(key), *(format_count(found.get(key)) for found in counts.values())] for key in categories]
+        rows = [[error_name(key), *(format_count(found.get(key)) for found in counts.values())] for key in categories]
         headers = ["Sentences of the test set with", *(model_name(name) for name in counts)]
         blocks.append(Table(headers, rows))
     blocks += _by_length(test, facts.deployed)
@@ -58,16 +59,12 @@ def build_errors(facts: Facts) -> list[Block]:
     if len(validated) > 1:
         (first, before), (last, after) = validated[0], validated[-1]
         rows = [
-            [_plain(key), format_count(before.get(key)), format_count(after.get(key)), _change(before, after, key)]
+            [error_name(key), format_count(before.get(key)), format_count(after.get(key)), _change(before, after, key)]
             for key in sorted({*before, *after})
         ]
         headers = ["Sentences of the validation set with", f"Step {first:,}", f"Step {last:,}", "Change"]
         blocks.append(Fold("Error categories, first against last validation", [Table(headers, rows)]))
     return blocks or [Text(f"Error categories: {NOT_MEASURED}.")]
-
-
-def _plain(name: str) -> str:
-    return str(name).replace("_", " ")
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:

@@ -167,15 +167,30 @@ def mean_stretches(history: History) -> list[float]:
 
 
 def flatten(data: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested plain data as dotted names and text, for tables."""
+    """Nested plain data as dotted names and text, for tables; a list's plain entries stay on one line each."""
     if isinstance(data, Mapping) and data:
         return [row for key, value in data.items() for row in flatten(value, f"{prefix}.{key}" if prefix else str(key))]
-    if isinstance(data, list) and data and any(isinstance(item, Mapping | list) for item in data):
-        return [row for index, item in enumerate(data) for row in flatten(item, f"{prefix}[{index}]")]
-    if isinstance(data, list):
-        return [(prefix, ", ".join(str(item) for item in data) if data else "none")]
-    if isinstance(data, bool):
-        return [(prefix, "yes" if data else "no")]
-    if isinstance(data, float) and is_known(data):
-        return [(prefix, f"{data:g}")]
-    return [(prefix, "–" if data is None or data == {} else str(data))]
+    if isinstance(data, list) and any(isinstance(item, Mapping | list) for item in data):
+        rows: list[tuple[str, str]] = []
+        for index, item in enumerate(data):
+            name = f"{prefix}[{index}]"
+            is_plain = isinstance(item, Mapping) and not any(
+                isinstance(value, Mapping | list) for value in item.values()
+            )
+            rows += [(name, _join(item))] if is_plain else flatten(item, name)
+        return rows
+    return [(prefix, _show(data))]
+
+
+def _join(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_show(value)}" for key, value in entry.items() if value is not None)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_show(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and is_known(value):
+        return f"{value:g}"
+    return "–" if value is None or value == {} else str(value)

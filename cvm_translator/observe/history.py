@@ -50,6 +50,10 @@ class TrainCurve:
             column.append(as_number(event.get(name)))
         self.executed_steps = max(self.executed_steps, int(event.get("executed_step") or event.get("step") or 0))
 
+    def is_distillation(self) -> bool:
+        """Whether a teacher was heard at all; without one the task loss is the whole loss."""
+        return any(value > 0 for value in self.columns["distillation_loss"])
+
     def discard_after(self, step: int) -> None:
         for row, other in enumerate(self.steps):
             if other > step:

@@ -28,7 +28,7 @@ from cvm_translator.observe.plot_style import (
     styled,
     to_png,
 )
-from cvm_translator.observe.text import as_number, is_known, ordered_metrics, printable, short_metric_name
+from cvm_translator.observe.text import as_number, error_name, is_known, ordered_metrics, printable, short_metric_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,7 @@ def plot_training(
         values = [math.nan if curve.skipped[row] else column[row] for row in rows]
         if not any(math.isfinite(value) for value in values):
             continue
-        if name == "task_loss" and not any(math.isfinite(value) for value in curve.columns["distillation_loss"]):
+        if name in ("distillation_loss", "task_loss") and not curve.is_distillation():
             continue  # the task loss alone: it is the total
         smoothing = 1 if name == "learning_rate" else width
         if gone:
@@ -285,7 +285,7 @@ def plot_errors(
         steps, values = zip(*points, strict=True)
         axes.fill_between(steps, values, color=STUDENT, alpha=0.13, linewidth=0)
         axes.plot(steps, values, color=STUDENT, marker="o", markersize=3)
-        axes.set_title(printable(name).replace("_", " "))
+        axes.set_title(printable(error_name(name)))
         peak = max(values)
         level = as_number((teacher or {}).get(name))
         if math.isfinite(level):

@@ -36,6 +36,24 @@ METRIC_NAMES = {
 }
 
 
+ERROR_NAMES = {
+    "empty": "empty output",
+    "repetition": "repetition loop",
+    "copy": "source copied",
+    "length_ratio": "far too short or long",
+    "under_translation": "far too short",
+    "over_translation": "far too long",
+    "numbers": "wrong numbers",
+    "placeholders": "wrong placeholders",
+    "wrong_language": "wrong language",
+    "much_worse_than_teacher": "much worse than teacher",
+}
+
+
+def error_name(key: Any) -> str:
+    return ERROR_NAMES.get(str(key), str(key).replace("_", " "))
+
+
 def metric_name(key: str) -> str:
     return METRIC_NAMES.get(key, key.replace("_", " "))
 

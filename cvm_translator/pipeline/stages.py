@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from cvm_translator.pipeline.context import RunContext, StageRecord, stage
 from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
 from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
 from cvm_translator.runs import atomic
+from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, obtain_states
+from cvm_translator.training.device import uses_bfloat16
 from cvm_translator.training.judges import ValidationJudge
 from cvm_translator.training.loop import LoopOutcome, LoopSetup, TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
@@ -235,6 +238,7 @@ def distil(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: T
         preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"])
         preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
         context.note(describe_preflight(preflight))
+        states = obtain_teacher_states(context, teacher, dataset) if loss.needs_teacher else None
         quantization = QuantizationType(config.quantization.method)
         seed_everything(config.seed)
         loop = TrainingLoop(
@@ -243,7 +247,7 @@ def distil(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: T
                 settings=settings,
                 guard=config.guard,
                 model=student,
-                objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None),
+                objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),
                 dataset=dataset,
                 batches=BatchSchedule(dataset.lengths, settings.batch_size, config.seed),
                 store=build_store(context, context.layout.checkpoints),
@@ -260,6 +264,30 @@ def distil(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: T
             outcome = loop.run()
         note.summary = {"steps": outcome.state.step, "best_step": outcome.state.best_step}
         return StudentOutcome(outcome, loop.delivered_weights(outcome), preflight, record)
+
+
+def obtain_teacher_states(context: RunContext, teacher: Teacher, dataset: DistillationDataset) -> TeacherStates | None:
+    """The teacher's stored states where they are exact and pay, else None: the teacher then runs at each step."""
+    config, settings = context.config, context.config.distillation
+    num_visits = settings.num_iterations * settings.batch_size / max(1, len(dataset))
+    if not config.teacher.store_states or config.fault_injection or num_visits <= 1.5:
+        return None
+    if not uses_bfloat16(settings.precision, context.device):
+        return None
+    size_mib = compute_states_bytes(dataset, teacher.model.config.dim) / 2**20
+    if size_mib > config.teacher.states_budget_mib:
+        context.note(
+            f"teacher states would take {size_mib:,.0f} MiB, over teacher.states_budget_mib"
+            f" {config.teacher.states_budget_mib}: the teacher runs at each step"
+        )
+        return None
+    start = time.monotonic()
+    states, was_there = obtain_states(
+        teacher.model, teacher.sha256, dataset, context.layout.teacher / "states", context.stop.raise_if_requested
+    )
+    how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"
+    context.note(f"teacher states of {len(dataset):,} pairs, {size_mib:,.0f} MiB: {how}")
+    return states
 
 
 def build_student(context: RunContext, tokenizer: Tokenizer, teacher: Teacher) -> CvmTransformer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 from pathlib import Path
@@ -30,9 +31,17 @@ def build_device(name: str) -> torch.device:
 
 def build_autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The autocast context of a setting; `auto` takes bfloat16 where the hardware multiplies it natively."""
-    if precision == "auto":
-        precision = "bfloat16" if has_native_bfloat16(device) else "float32"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=True)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(precision, device))
+
+
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether a precision setting means bfloat16 products on this device."""
+    return precision == "bfloat16" or (precision == "auto" and has_native_bfloat16(device))
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -41,8 +50,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu":
         return False
-    flags = _cpu_flags()
-    return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags
+    return _cpu_multiplies_bfloat16()
 
 
 def _cpu_flags() -> set[str]:

@@ -15,6 +15,7 @@ from cvm_translator.corpus.dataset import Batch
 from cvm_translator.corpus.tokenizer import PAD_ID
 from cvm_translator.losses.distillation import DistillationLoss, LossParts
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.teachers.states import TeacherStates
 
 
 def find_real_targets(batch: Batch) -> torch.Tensor:
@@ -33,13 +34,20 @@ class Objective(Protocol):
 class DistillationObjective:
     """alpha · T² · KL(teacher ‖ student) + beta · cross-entropy; the task term alone without a teacher.
 
-    The teacher runs in evaluation mode and without gradients.
+    The teacher runs in evaluation mode and without gradients; with `states`, its stored hidden states are read instead.
     """
 
-    def __init__(self, student: CvmTransformer, loss: DistillationLoss, teacher: CvmTransformer | None = None) -> None:
+    def __init__(
+        self,
+        student: CvmTransformer,
+        loss: DistillationLoss,
+        teacher: CvmTransformer | None = None,
+        states: TeacherStates | None = None,
+    ) -> None:
         self.student = student
         self.loss = loss
         self.teacher = teacher
+        self.states = states
         if teacher is not None:
             teacher.eval().requires_grad_(False)
 
@@ -48,16 +56,22 @@ class DistillationObjective:
         targets = batch.tgt_out.flatten()[real]
         hidden, matrix = self.student(batch.src, batch.src_mask, batch.tgt_in)  # (B, T, D), (V, D)
         selected = hidden.flatten(0, 1)[real]  # (N, D)
-        if self.teacher is None:
-            return self.loss(selected, matrix, targets, num_tokens=num_tokens)
-        with torch.no_grad():
-            teacher_hidden, teacher_matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)
-            teacher_selected = teacher_hidden.flatten(0, 1)[real]
+        teacher_hidden, teacher_matrix = self._ask_teacher(batch, real)
         return self.loss(
             selected,
             matrix,
             targets,
             num_tokens=num_tokens,
-            teacher_hidden=teacher_selected,
+            teacher_hidden=teacher_hidden,
             teacher_matrix=teacher_matrix,
         )
+
+    @torch.no_grad()
+    def _ask_teacher(self, batch: Batch, real: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The teacher's hidden states (N, D) at the real targets, and its output matrix (V, D)."""
+        if self.teacher is None:
+            return None, None
+        if self.states is not None:
+            return self.states.gather(batch.indices).to(batch.src.device), self.teacher.embedding.matrix()
+        hidden, matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)
+        return hidden.flatten(0, 1)[real], matrix
