@@ -164,10 +164,12 @@ def read_huggingface(source: HuggingFaceSource, context: ReaderContext) -> Itera
     local = context.base_dir / source.path
     path = str(local) if local.exists() else source.path
     try:
-        if local.exists() and local.is_dir() and (local / "state.json").exists():
+        if (local / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(path)[source.split]
+        elif (local / "state.json").exists():
             rows = datasets.load_from_disk(path)
         elif local.is_file():
-            kind = {".jsonl": "json", ".tsv": "csv", ".txt": "text"}.get(local.suffix, local.suffix.lstrip("."))
+            kind = local.suffix.lstrip(".").replace("jsonl", "json")
             rows = datasets.load_dataset(kind, data_files=path, split=source.split)
         else:
             rows = datasets.load_dataset(path, source.name, split=source.split)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polib
 import pytest
 
+from cvm_translator.config.default_corpus import DEFAULT_CORPUS
 from cvm_translator.config.schema import CorpusConfig
 from cvm_translator.corpus.build import CorpusSummary, build_corpus, load_split
 from cvm_translator.corpus.splits import check_disjoint
@@ -153,9 +155,16 @@ def test_explicit_lists_win_over_training(tmp_path: Path, build: Build) -> None:
     check_disjoint({name: load_split(tmp_path / "corpus", name) for name in summary.sizes})
 
 
-def test_sources_of_many_kinds_are_counted_each(tmp_path: Path, build: Build, local_index: Path) -> None:
-    import polib
+@pytest.mark.network
+@pytest.mark.timeout(600)
+def test_the_default_corpus_downloads_and_builds(tmp_path: Path) -> None:
+    config = CorpusConfig(**DEFAULT_CORPUS)
+    summary = build_corpus(config, tmp_path, seed=13, base_dir=tmp_path, report=print)
+    assert sum(summary.sizes.values()) > 40_000
+    assert {**summary.sizes, "train": 0} == {"train": 0, "validation": 2000, "test": 2000, "unseen": 1000}
 
+
+def test_sources_of_many_kinds_are_counted_each(tmp_path: Path, build: Build, local_index: Path) -> None:
     sentences = make_sentences(300)
     write_tsv(tmp_path / "train.tsv", sentences[:100])
     rows = [json.dumps({"source": source, "target": target}) for source, target in sentences[100:200]]

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from cvm_translator.corpus.text import (
     find_placeholders,
-    hash_key,
     make_key,
     normalise_text,
     strip_accelerators,

@@ -28,7 +28,7 @@ def test_layout() -> None:
     assert batch.src_mask.tolist() == [[True, True, False, False], [True] * 4]
     assert batch.tgt_in.tolist() == [[2, 10, 11], [2, 9, 1]]
     assert batch.tgt_out.tolist() == [[10, 11, 2], [9, 2, 1]]
-    assert batch.num_tokens == 5 and len(batch) == 2
+    assert batch.num_tokens == 5 and len(batch) == 2 and batch.indices.tolist() == [1, 0]
     assert batch.src.dtype == torch.int64 and batch.src_mask.dtype == torch.bool
 
 
@@ -47,6 +47,7 @@ def test_micro_batches_hold_the_same_sentences(rows: list[tuple[list[int], list[
         expected = data.batch(np.arange(begin, begin + len(part)))
         for name in ("src", "src_mask", "tgt_in", "tgt_out"):
             assert torch.equal(getattr(part, name), getattr(expected, name))
+        assert part.indices.tolist() == expected.indices.tolist()
         begin += len(part)
     assert (batch.tgt_out != PAD_ID).sum() == batch.num_tokens
     assert torch.equal(batch.src_mask, batch.src != PAD_ID)
@@ -84,3 +85,4 @@ def test_moving_keeps_everything() -> None:
     batch = DistillationDataset([[5, 6]], [[7]]).batch([0])
     moved = batch.to("cpu")
     assert torch.equal(moved.src, batch.src) and moved.num_tokens == batch.num_tokens
+    assert moved.indices.tolist() == [0]

@@ -172,7 +172,7 @@ def test_huggingface_rows(make_context: MakeContext, monkeypatch: pytest.MonkeyP
     records = list(read_source(HuggingFaceSource(format="huggingface", path="some/pairs"), make_context()))
     assert records[0] == Pair("eins", "one", "some/pairs:train:0")
     assert [record.reason for record in records[1:] if isinstance(record, BadRow)] == ["missing_key", "not_text"]
-    with pytest.raises(CorpusError, match="Hugging Face dataset unknown .* no dataset unknown on the hub; check"):
+    with pytest.raises(CorpusError, match=r"Hugging Face dataset unknown .* no dataset unknown on the hub; check"):
         list(read_source(HuggingFaceSource(format="huggingface", path="unknown"), make_context()))
 
 
