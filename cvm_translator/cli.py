@@ -227,7 +227,7 @@ def _quantize(options: Options) -> int:
         raise ModelError(f"{options.model} is {loaded.config['number_format']} already: name a float32 model folder")
     folder = save_model(
         options.output,
-        AdvancedQuantizer(QuantizationType(options.method)).convert(loaded.model),  # type: ignore[arg-type]
+        AdvancedQuantizer(QuantizationType(options.method)).convert(loaded.model),
         loaded.tokenizer,
         source_language=loaded.config["source_language"],
         target_language=loaded.config["target_language"],

@@ -75,7 +75,7 @@ def load_config(
     """Read a YAML file, apply `key.subkey=value` overrides and the output folder, and check everything."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; see configs/ for examples") from None
     except OSError as error:

@@ -251,8 +251,9 @@ class TeacherConfig(Settings):
     """A folder in which trained teachers are shared between runs by the hash of their inputs; default: none shared."""
 
     store_states: bool = True
-    """Compute the teacher's hidden states of every training pair once and read them back, instead of running the teacher
-    at each step. Done where training multiplies in bfloat16 and visits pairs more than once, within the budget."""
+    """Compute the teacher's hidden states of every training pair once and read them back, instead of running the
+    teacher at each step. Done where training multiplies in bfloat16 and visits pairs more than once, within the
+    budget."""
     states_budget_mib: PositiveInt = 2048
     """Largest file of stored states; above it the teacher runs at each step."""
 

@@ -55,7 +55,7 @@ def translate_ids(
         if not 0 < len(source) <= longest:
             raise ValueError(f"a source of {len(source)} tokens: between 1 and {longest} can be translated")
     if any(isinstance(m, TiedEmbedding) and m.fake_quantization for m in model.modules()):
-        model = AdvancedQuantizer(QuantizationType.QAT_INT8).convert(model)  # type: ignore[assignment]
+        model = AdvancedQuantizer(QuantizationType.QAT_INT8).convert(model)
     device = model.positions.device if device is None else torch.device(device)
     was_training = model.training
     model.to(device).eval()

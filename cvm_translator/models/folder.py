@@ -277,7 +277,7 @@ def _build_empty(config: dict[str, Any], weights: Path, header: dict[str, Any]) 
     with torch.device("meta"):
         model = CvmTransformer(model_config, config["vocab_size"])
         if config["number_format"] == "int8":
-            model = AdvancedQuantizer(QuantizationType.DYNAMIC_INT8).convert(model)  # type: ignore[assignment]
+            model = AdvancedQuantizer(QuantizationType.DYNAMIC_INT8).convert(model)
     expected = {name: (list(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() ^ header.keys()):
         verb = "lacks" if name in expected else "holds the unknown"

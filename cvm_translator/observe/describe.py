@@ -102,12 +102,10 @@ def describe_speed(status: Mapping[str, Any]) -> str:
 def describe_losses(losses: Mapping[str, Any]) -> str:
     if not is_known(losses.get("recent_loss")):
         return ""
-    names = {"recent_distillation_loss": "distillation", "recent_task_loss": "task"}
-    parts = [
-        f"{label} {format_number(losses[key], 4)}"
-        for key, label in names.items()
-        if losses.get("recent_distillation_loss")
-    ]
+    parts = []
+    if losses.get("recent_distillation_loss"):  # else the task loss is the whole loss
+        parts.append(f"distillation {format_number(losses['recent_distillation_loss'], 4)}")
+        parts.append(f"task {format_number(losses['recent_task_loss'], 4)}")
     detail = f" ({', '.join(parts)})" if parts else ""
     accuracy = f", accuracy {format_percent(losses['recent_accuracy'])}" if is_known(losses["recent_accuracy"]) else ""
     return f"{format_number(losses['recent_loss'], 4)}{detail}{accuracy}, last {format_number(losses['last'], 4)}"

@@ -32,7 +32,10 @@ KNOWN_METADATA = ("models", "gate", "test", "config", "corpus", "num_iterations"
 def count_errors(record: Mapping[str, Any] | None) -> dict[str, Any]:
     """Sentences by error category in one validation's record or event."""
     found = dig(record, "error_analysis.error_counts") or (record or {}).get("probes") or {}
-    return {name: value for name, value in found.items() if name not in UNCOUNTED}
+    counts = {name: value for name, value in found.items() if name not in UNCOUNTED}
+    if "under_translation" in counts and "over_translation" in counts:
+        counts.setdefault("length_ratio", counts["under_translation"] + counts["over_translation"])
+    return counts
 
 
 def list_error_counts(facts: Facts) -> list[tuple[int, dict[str, Any]]]:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 SMOOTHING_SHARE = 0.01
 """Width of the training curves' moving average, as a share of their length."""
 MAX_POINTS = 2000
+SHOWN_RETENTIONS = (40.0, 130.0)
+"""Percent; a metric on which the teacher is hardly better than nothing can lie anywhere."""
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
@@ -56,6 +58,11 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 def thin(*columns: Sequence[float]) -> list[Sequence[float]]:
     stride = max(1, math.ceil(len(columns[0]) / MAX_POINTS))
     return [column[::stride] for column in columns]
+
+
+def choose_columns(num_panels: int) -> int:
+    """Three to five columns: as many as leave the fewest places empty."""
+    return min((3, 4, 5), key=lambda columns: (-num_panels % columns, -columns)) if num_panels > 3 else num_panels
 
 
 @styled
@@ -165,7 +172,7 @@ def plot_validation(history: History) -> bytes | None:
     names = [name for name in ("quality_score", *ordered_metrics(found)) if name == "quality_score" or name in found]
     if not any(is_known(v.get("quality_score")) for v in kept):
         names.remove("quality_score")
-    columns = min((3, 4, 5), key=lambda n: (-len(names) % n, -n)) if len(names) > 3 else len(names)
+    columns = choose_columns(len(names))
     rows = math.ceil(len(names) / columns)
     figure, panels = build_figure(rows, columns, 2.3 * max(columns, 3), 0.7 + 2.1 * rows)
     best_step = history.best_step()
@@ -177,7 +184,7 @@ def plot_validation(history: History) -> bytes | None:
         axes.remove()
     handles = [build_handle(STUDENT, marker="o", markersize=4), build_handle(TEACHER, linestyle=(0, (5, 2)))]
     handles.append(build_handle(STUDENT, marker="*", markersize=11, linestyle="none"))
-    labels = ["Student, quantised", "Teacher", "Best"]
+    labels = ["Student, as deployed", "Teacher", "Best"]
     if gone:
         handles.append(build_handle(BAD, marker="x", markersize=6, linestyle="none"))
         labels.append("Rolled back")
@@ -250,12 +257,21 @@ def plot_retention(
         axes.plot([value], [place], color=colour, marker="o", markersize=8, linestyle="none")
         axes.annotate(text, (1.0, place), xycoords=("axes fraction", "data"), xytext=(8, 0), **_BESIDE)
         edges.append(value)
-    room = 0.06 * (max(edges) - min(edges))
-    axes.set_xlim(min(edges) - room, max(edges) + room)
-    for at, text, colour in ((100 * threshold, f"gate {100 * threshold:.0f} %", BAD), (100.0, "teacher", TEACHER)):
+    low, high = max(min(edges), SHOWN_RETENTIONS[0]), min(max(edges), SHOWN_RETENTIONS[1])
+    room = 0.06 * (high - low)
+    axes.set_xlim(low - room, high + room)
+    for place, name in enumerate(names):  # what lies beyond the shown range is an arrow at its edge
+        value = 100 * as_number(retentions[name]["value"])
+        if not low - room <= value <= high + room:
+            at, marker = (high + room / 2, ">") if value > high else (low - room / 2, "<")
+            axes.plot([at], [place], color=STUDENT if name in gated else "#8fb0f5", marker=marker, markersize=8)
+    for at, text, colour, side in (
+        (100 * threshold, f"gate {100 * threshold:.0f} % ", BAD, "right"),
+        (100.0, " teacher", TEACHER, "left"),
+    ):
         axes.annotate(
             text, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
-            color=colour, fontsize=8.5, ha="center",
+            color=colour, fontsize=8.5, ha=side if threshold <= 1 else "center",
         )  # fmt: skip
     axes.set_yticks(range(len(names)), [short_metric_name(name) + (" *" if name in gated else "") for name in names])
     axes.tick_params(axis="y", labelcolor=INK, length=0)
@@ -275,7 +291,7 @@ def plot_errors(
     names = sorted({name for _, found in counts for name, value in found.items() if is_known(value)})
     if not names or not counts:
         return None
-    columns = min(4, len(names))
+    columns = choose_columns(len(names))
     rows = math.ceil(len(names) / columns)
     figure, panels = build_figure(rows, columns, 9.6, 0.3 + 1.95 * rows)
     from matplotlib.ticker import MaxNLocator
@@ -292,7 +308,7 @@ def plot_errors(
             axes.axhline(level, color=TEACHER, linestyle=(0, (5, 2)), linewidth=1.4)
             peak = max(peak, level)
         axes.set_ylim(0, max(1.0, peak * 1.2))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=max(values) > 1 or max(values) == 0))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
         style_steps_axis(axes, max(step for step, _ in counts), label=index >= len(names) - columns, num_ticks=5)
         if index % columns == 0:
             axes.set_ylabel("sentences")
@@ -300,7 +316,7 @@ def plot_errors(
         axes.remove()
     if teacher:
         handles = [build_handle(STUDENT, marker="o", markersize=4), build_handle(TEACHER, linestyle=(0, (5, 2)))]
-        add_legend(figure, handles, ["Student, quantised", "Teacher"])
+        add_legend(figure, handles, ["Student, as deployed", "Teacher"])
     return to_png(figure)
 
 

@@ -5,7 +5,7 @@ Every function is pure. What was not measured says `not measured`; no number is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cvm_translator.observe.advice import advise
@@ -116,12 +116,13 @@ def build_comparison(facts: Facts) -> list[Block]:
 
 
 def _size_rows(models: Mapping[str, Any], names: Sequence[str]) -> list[list[str | Cell]]:
-    teacher = models.get("teacher") or {}
-
-    def row(title: str, key: str, show: Any, faster: bool = False) -> list[str | Cell]:
+    def row(
+        title: str, key: str, show: Callable[[float], str], faster: bool = False, of: Mapping[str, Any] = models
+    ) -> list[str | Cell]:
         cells: list[str | Cell] = [title]
+        base = as_number((of.get("teacher") or {}).get(key))
         for name in names:
-            value, base = as_number((models.get(name) or {}).get(key)), as_number(teacher.get(key))
+            value = as_number((of.get(name) or {}).get(key))
             ratio = value / base if faster else base / value if value else float("nan")
             factor = (
                 f" ({ratio:.1f}× {'faster' if faster else 'smaller'})" if ratio >= 1.05 and name != "teacher" else ""
@@ -129,10 +130,21 @@ def _size_rows(models: Mapping[str, Any], names: Sequence[str]) -> list[list[str
             cells.append(f"{show(value)}{factor}" if is_known(value) else Cell(NOT_MEASURED, "muted"))
         return cells
 
+    def show_memory(value: float) -> str:
+        return f"{value:,.0f} MiB"
+
+    bare = {name: as_number((models.get(name) or {}).get("baseline_memory_mib")) for name in names}
+    used = {name: {"used": as_number((models.get(name) or {}).get("peak_memory_mib")) - bare[name]} for name in names}
+    above = (
+        [row("Peak memory above the bare process", "used", show_memory, of=used)]
+        if any(map(is_known, bare.values()))
+        else []
+    )
     return [
         row("Parameters", "num_parameters", format_count),
         row("Size on disk", "num_bytes", format_bytes),
-        row("Peak memory", "peak_memory_mib", lambda value: f"{value:,.0f} MiB"),
+        row("Peak memory", "peak_memory_mib", show_memory),
+        *above,
         row("Decoding speed", "tokens_per_second", lambda value: f"{value:,.0f} tokens/s", faster=True),
     ]
 
@@ -193,9 +205,14 @@ def build_gaps(facts: Facts) -> list[Block]:
     if not gaps:
         return [Text(f"Gaps: {NOT_MEASURED}.")]
     metrics = ordered_metrics({key for gap in gaps.values() for key in gap})
-    rows = [[metric_name(key), *(show_score(key, gap.get(key)) for gap in gaps.values())] for key in metrics]
+    rows = [[metric_name(key), *(_show_change(key, gap.get(key)) for gap in gaps.values())] for key in metrics]
     headers = ["Change of", *(titles.get(key, key.replace("_", " ")) for key in gaps)]
     return [Table(headers, rows), Text("What distilling cost, apart from what the smaller numbers cost.")]
+
+
+def _show_change(key: str, measured: Any) -> str | Cell:
+    shown = show_score(key, measured)
+    return f"+{shown}" if isinstance(shown, str) and not shown.startswith("-") else shown
 
 
 def build_stage_times(facts: Facts) -> list[Block]:

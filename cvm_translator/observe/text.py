@@ -118,7 +118,9 @@ def is_known(value: Any) -> bool:
 
 def format_number(value: Any, digits: int = 2, missing: str = "–") -> str:
     number = as_number(value)
-    return f"{number:,.{digits}f}" if math.isfinite(number) else missing
+    if not math.isfinite(number):
+        return missing
+    return f"{round(number, digits) + 0.0:,.{digits}f}"  # adding 0 makes -0.00 plain
 
 
 def format_count(value: Any, missing: str = "–") -> str:

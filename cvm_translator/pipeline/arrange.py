@@ -29,7 +29,8 @@ def arrange_scores(report: dict[str, Any]) -> dict[str, Any]:
 def arrange_gate(gate: dict[str, Any]) -> dict[str, Any]:
     """The gate's word, its thresholds by metric and what failed, by how much."""
     thresholds = {
-        "quality_score" if item["name"] == "quality" else item["name"]: item["threshold"] for item in gate["requirements"]
+        "quality_score" if item["name"] == "quality" else item["name"]: item["threshold"]
+        for item in gate["requirements"]
     }
     return {
         "passed": gate["passed"],

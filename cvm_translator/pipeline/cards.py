@@ -1,4 +1,4 @@
-"""What travels with the student: metadata for programs and a model card for people. Pure functions of the final report."""
+"""What travels with the student: metadata for programs, a model card for people. Pure functions of the final report."""
 
 from __future__ import annotations
 

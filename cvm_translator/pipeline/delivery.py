@@ -35,9 +35,7 @@ NUM_SAMPLES = 12
 NUM_WORST = 12
 
 
-def quantise(
-    context: RunContext, tokenizer: Tokenizer, outcome: StudentOutcome
-) -> dict[str, Path]:
+def quantise(context: RunContext, tokenizer: Tokenizer, outcome: StudentOutcome) -> dict[str, Path]:
     """Write the student's folders: `float` always, and the deployed number format. Returns the folders by name."""
     config = context.config
     folders = {"float": context.layout.student / "float"}
@@ -51,12 +49,18 @@ def quantise(
             student = CvmTransformer(config.student.model, tokenizer.vocab_size)
             student.load_state_dict(outcome.weights)
             quantizer = AdvancedQuantizer(QuantizationType(config.quantization.method))
-            metadata = {"role": "student", "step": outcome.loop.state.best_step, "quantization": config.quantization.method}
+            metadata = {
+                "role": "student",
+                "step": outcome.loop.state.best_step,
+                "quantization": config.quantization.method,
+            }
             save_model_folder(context, folders["float"], student.eval(), tokenizer, metadata)
             for name in list(folders)[1:]:
                 save_model_folder(context, folders[name], quantizer.convert(student), tokenizer, metadata)
             record.save({}, [folder / "model.safetensors" for folder in folders.values()])
-        note.summary = {f"{name}_bytes": (folder / "model.safetensors").stat().st_size for name, folder in folders.items()}
+        note.summary = {
+            f"{name}_bytes": (folder / "model.safetensors").stat().st_size for name, folder in folders.items()
+        }
     return folders
 
 
@@ -122,7 +126,14 @@ def _judge(context: RunContext, models: dict[str, Path], sets: dict[str, Any]) -
             deployed,
             evaluator,
         ).report
-    figures = ("num_parameters", "num_bytes", "peak_memory_mib", "baseline_memory_mib", "tokens_per_second", "number_format")
+    figures = (
+        "num_parameters",
+        "num_bytes",
+        "peak_memory_mib",
+        "baseline_memory_mib",
+        "tokens_per_second",
+        "number_format",
+    )
     return {
         "deployed": deployed,
         "gate": arrange_gate(judged["test"]["gate"]),
@@ -133,7 +144,9 @@ def _judge(context: RunContext, models: dict[str, Path], sets: dict[str, Any]) -
         "signatures": judged["test"]["signatures"],
         **{name: arrange_scores(report) for name, report in judged.items()},
         "models": {name: {key: data[key] for key in figures} for name, data in measured.items()},
-        **_choose_examples(evaluator, sets["test"], measured["teacher"]["hypotheses"], measured[deployed]["hypotheses"]),
+        **_choose_examples(
+            evaluator, sets["test"], measured["teacher"]["hypotheses"], measured[deployed]["hypotheses"]
+        ),
     }
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from cvm_translator.config import RunConfig, dump_config
 from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, RunFolderError, Stopped
-from cvm_translator.pipeline import delivery, stages
+from cvm_translator.pipeline import delivery, student, teacher, text
 from cvm_translator.pipeline.context import RunContext
 from cvm_translator.pipeline.journal import TensorBoardLog, TextLog, build_display
 from cvm_translator.runs import atomic
@@ -49,9 +49,9 @@ class ModelDistiller:
         with RunLock(self.layout.lock), StopRequest() as stop:
             context = self._open(stop)
             try:
-                corpus = stages.build_corpus(context)
-                tokenizer = stages.build_tokenizer(context, corpus)
-                teacher = stages.obtain_teacher(context, corpus, tokenizer)
+                corpus = text.build_corpus(context)
+                tokenizer = text.build_tokenizer(context, corpus)
+                model = teacher.obtain_teacher(context, corpus, tokenizer)
                 outcome = stages.distil(context, corpus, tokenizer, teacher)
                 folders = delivery.quantise(context, tokenizer, outcome)
                 verdict = delivery.gate(context, corpus, teacher, folders)

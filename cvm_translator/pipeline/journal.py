@@ -42,8 +42,9 @@ def describe_event(event: Event) -> str | None:
         return f"{stage} checkpoint {event['path']}" + (" (best)" if event["is_best"] else "")
     if kind == "rollback":
         return (
-            f"ROLLBACK {event['rollback_number']} from step {event['from_step']} to {event['to_step']}: {event['reason']};"
-            f" from now on data order {event['data_stream']}, learning rate x {event['learning_rate_factor']:g}"
+            f"ROLLBACK {event['rollback_number']} from step {event['from_step']} to {event['to_step']}:"
+            f" {event['reason']}; from now on data order {event['data_stream']},"
+            f" learning rate x {event['learning_rate_factor']:g}"
         )
     if kind == "warning":
         return f"warning: {event['message']}"
@@ -104,7 +105,7 @@ class TensorBoardLog:
         self._writer = SummaryWriter(str(directory), flush_secs=30)
 
     def __call__(self, event: Event) -> None:
-        kind, step, stage = event["kind"], event.get("step"), event.get("stage")
+        kind, step, stage = event["kind"], event.get("step") or 0, event.get("stage")
         if kind == "train" and step % 10 == 0:
             for name in ("loss", "distillation_loss", "task_loss", "accuracy", "learning_rate", "grad_norm"):
                 value = event[name]

@@ -5,8 +5,8 @@ files, translates the sources of each set and writes hypotheses, speed and peak 
 the model shares nothing with it but the files, so what is measured is what is delivered.
 
 `peak_memory_mib` is the peak resident memory of the whole process, interpreter and libraries included;
-`baseline_memory_mib` is what it held before the model was loaded. `tokens_per_second` counts generated tokens, end marks
-included, over the first set.
+`baseline_memory_mib` is what it held before the model was loaded. `tokens_per_second` counts generated tokens, end
+marks included, over the first set.
 """
 
 from __future__ import annotations
@@ -98,8 +98,12 @@ def _measure(options: argparse.Namespace, sets: dict[str, Path]) -> dict[str, An
 
 
 def _peak_memory_mib() -> float:
+    # Linux keeps ru_maxrss across fork and exec, so a child would show its parent's peak; VmHWM begins anew.
+    if Path("/proc/self/status").exists():
+        status = Path("/proc/self/status").read_text()
+        return float(status.split("VmHWM:", 1)[1].split()[0]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak / 2**20  # macOS counts bytes
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class RunLock:
             holder = _read_text(self.path) or {}
             raise RunFolderError(
                 f"{self.path.parent} is in use by process {holder.get('pid', 'unknown')}"
-                f" on {holder.get('host', 'this host')} since {holder.get('started_at', 'just now')}: stop it with cvm-translator stop {self.path.parent},"
+                f" on {holder.get('host', 'this host')} since"
+                f" {holder.get('started_at', 'just now')}: stop it with cvm-translator stop {self.path.parent},"
                 " or choose another --output-dir"
             )
         holder = {

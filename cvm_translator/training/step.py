@@ -59,12 +59,12 @@ def train_step(
         with build_autocast(settings.precision, device):
             parts = objective(micro_batch, batch.num_tokens)
         loss = corrupt_loss(faults, parts.total)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         totals += torch.stack(
             [loss.detach(), parts.distillation.detach(), parts.task.detach(), parts.num_correct.detach()]
         ).to(totals)
     grad_norm_tensor = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-    # --------------------------------------------------------------------------------- checks before the optimizer moves
+    # -------------------------------------------------------------------------------- checks before the optimizer moves
     values = torch.cat([totals, grad_norm_tensor.detach().to(totals).reshape(1)]).tolist()  # the one sync point
     total, distillation, task, correct, grad_norm = values
     rejected = None
@@ -80,6 +80,4 @@ def train_step(
         spikes.add(total)
         if average is not None:
             average.update()
-    return StepResult(
-        total, distillation, task, correct / batch.num_tokens, grad_norm, batch.num_tokens, rejected
-    )
+    return StepResult(total, distillation, task, correct / batch.num_tokens, grad_norm, batch.num_tokens, rejected)

@@ -1,0 +1,89 @@
+"""The parts that the teacher's and the student's training both need, built from the run's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cvm_translator.checkpoints.store import CheckpointStore
+from cvm_translator.config.schema import ModelConfig
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.corpus.records import Pair
+from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.models.decoding import translate_texts
+from cvm_translator.models.folder import save_model
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.pipeline.context import RunContext
+from cvm_translator.pipeline.text import Corpus
+from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
+from cvm_translator.training.judges import ValidationJudge
+from cvm_translator.validation import DistillationValidator, ValidationConfig
+
+
+def build_dataset(
+    context: RunContext, pairs: Sequence[Pair], tokenizer: Tokenizer, *models: ModelConfig
+) -> DistillationDataset:
+    """The pairs as token ids, without those longer than the shortest of the models' limits."""
+    dataset = DistillationDataset.from_pairs(pairs, tokenizer, min(model.max_length for model in models))
+    if dataset.num_dropped:
+        context.note(f"{dataset.num_dropped} training pairs are longer than max_length and are left out")
+    return dataset
+
+
+def build_store(context: RunContext, directory: Path) -> CheckpointStore:
+    return CheckpointStore(
+        directory, keep=context.config.keep_checkpoints, report=lambda message: context.warn("checkpoint", message)
+    )
+
+
+def build_translate(
+    context: RunContext, model: CvmTransformer, tokenizer: Tokenizer
+) -> Callable[[list[str]], list[str]]:
+    settings = context.config.validation
+
+    def translate(sources: list[str]) -> list[str]:
+        return translate_texts(model, tokenizer, sources, beam_size=settings.beam_size, batch_size=settings.batch_size)
+
+    return translate
+
+
+def build_validator(
+    context: RunContext, corpus: Corpus, tokenizer: Tokenizer, config: ValidationConfig, directory: Path
+) -> DistillationValidator:
+    return DistillationValidator(
+        config,
+        directory,
+        [pair.source for pair in corpus.validation],
+        [pair.target for pair in corpus.validation],
+        count_tokens=lambda texts: sum(len(ids) + 1 for ids in tokenizer.encode(texts)),
+    )
+
+
+def build_judge(
+    context: RunContext,
+    stage_name: str,
+    validator: DistillationValidator,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    quantization: QuantizationType,
+) -> ValidationJudge:
+    quantizer = AdvancedQuantizer(quantization)
+    held_out = DistillationDataset.from_pairs(corpus.validation, tokenizer, model.max_length)
+    return ValidationJudge(stage_name, context.events, validator, tokenizer, quantizer.convert, held_out)
+
+
+def save_model_folder(
+    context: RunContext, folder: Path, model: CvmTransformer, tokenizer: Tokenizer, metadata: dict[str, Any]
+) -> None:
+    languages = context.config.corpus
+    save_model(
+        folder,
+        model,
+        tokenizer,
+        source_language=languages.source_language,
+        target_language=languages.target_language,
+        metadata=metadata,
+        replace=True,
+    )

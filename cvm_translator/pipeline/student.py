@@ -1,0 +1,135 @@
+"""The distillation stage: pre-flight, then the guarded loop.
+
+What the finished student goes through (files, gate, report) is in `delivery`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cvm_translator.config.schema import RunConfig
+from cvm_translator.corpus.batches import BatchSchedule
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.losses.distillation import DistillationLoss
+from cvm_translator.models.initialization import init_from_teacher, init_random
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.pipeline.context import RunContext, stage
+from cvm_translator.pipeline.parts import (
+    build_dataset,
+    build_judge,
+    build_store,
+    build_translate,
+    build_validator,
+)
+from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
+from cvm_translator.pipeline.teacher import Teacher
+from cvm_translator.pipeline.text import Corpus
+from cvm_translator.quantization import QuantizationType
+from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, obtain_states
+from cvm_translator.training.device import uses_bfloat16
+from cvm_translator.training.loop import LoopOutcome, LoopSetup, TrainingLoop
+from cvm_translator.training.objectives import DistillationObjective
+from cvm_translator.training.state import seed_everything
+from cvm_translator.validation import ValidationConfig
+
+
+@dataclass(frozen=True)
+class StudentOutcome:
+    """What the distillation delivered: the folder of the float weights, and how the loop went."""
+
+    loop: LoopOutcome
+    weights: dict[str, torch.Tensor]
+    preflight: dict[str, Any]
+    teacher_record: dict[str, Any]
+
+
+def distil(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: Teacher) -> StudentOutcome:
+    """Pre-flight, then the guarded loop."""
+    config, settings = context.config, context.config.distillation
+    with stage(context, "distil") as note:
+        student = build_student(context, tokenizer, teacher)
+        dataset = build_dataset(context, corpus.train, tokenizer, config.student.model, teacher.model.config)
+        loss = DistillationLoss(settings.temperature, settings.alpha, settings.beta, settings.label_smoothing)
+        validator = build_validator(
+            context,
+            corpus,
+            tokenizer,
+            ValidationConfig.from_run(config, str(context.device)),
+            context.layout.validation,
+        )
+        record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)
+        preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"])
+        preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
+        context.note(describe_preflight(preflight))
+        states = obtain_teacher_states(context, teacher, dataset) if loss.needs_teacher else None
+        quantization = QuantizationType(config.quantization.method)
+        seed_everything(config.seed)
+        loop = TrainingLoop(
+            LoopSetup(
+                stage="distil",
+                settings=settings,
+                guard=config.guard,
+                model=student,
+                objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),
+                dataset=dataset,
+                batches=BatchSchedule(dataset.lengths, settings.batch_size, config.seed),
+                store=build_store(context, context.layout.checkpoints),
+                events=context.events,
+                judge=build_judge(context, "distil", validator, corpus, tokenizer, config.student.model, quantization),
+                stop=context.stop,
+                device=context.device,
+                validate_every_steps=config.validation.every_steps,
+                quantize_from_step=first_quantized_step(config),
+                faults=list(config.fault_injection),
+            )
+        )
+        with context.stop.deferred():
+            outcome = loop.run()
+        note.summary = {"steps": outcome.state.step, "best_step": outcome.state.best_step}
+        return StudentOutcome(outcome, loop.delivered_weights(outcome), preflight, record)
+
+
+def obtain_teacher_states(context: RunContext, teacher: Teacher, dataset: DistillationDataset) -> TeacherStates | None:
+    """The teacher's stored states where they are exact and pay, else None: the teacher then runs at each step."""
+    config, settings = context.config, context.config.distillation
+    num_visits = settings.num_iterations * settings.batch_size / max(1, len(dataset))
+    if not config.teacher.store_states or config.fault_injection or num_visits <= 1.5:
+        return None
+    if not uses_bfloat16(settings.precision, context.device):
+        return None
+    size_mib = compute_states_bytes(dataset, teacher.model.config.dim) / 2**20
+    if size_mib > config.teacher.states_budget_mib:
+        context.note(
+            f"teacher states would take {size_mib:,.0f} MiB, over teacher.states_budget_mib"
+            f" {config.teacher.states_budget_mib}: the teacher runs at each step"
+        )
+        return None
+    start = time.monotonic()
+    states, was_there = obtain_states(
+        teacher.model, teacher.sha256, dataset, context.layout.teacher / "states", context.stop.raise_if_requested
+    )
+    how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"
+    context.note(f"teacher states of {len(dataset):,} pairs, {size_mib:,.0f} MiB: {how}")
+    return states
+
+
+def build_student(context: RunContext, tokenizer: Tokenizer, teacher: Teacher) -> CvmTransformer:
+    """The student with its first weights."""
+    config = context.config.student
+    student = CvmTransformer(config.model, tokenizer.vocab_size)
+    init_random(student, context.config.seed)
+    if config.init == "teacher_layers":
+        init_from_teacher(student, teacher.model, config.encoder_layers_from, config.decoder_layers_from)
+    return student.to(context.device)
+
+
+def first_quantized_step(config: RunConfig) -> int | None:
+    """The first step that training sees through the 8-bit grid."""
+    if config.quantization.method != "qat":
+        return None
+    return int(config.quantization.start_fraction * config.distillation.num_iterations) + 1

@@ -1,0 +1,62 @@
+"""The first two stages: clean, split text and the pieces it is cut into. Each skips what is complete and intact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cvm_translator.config.schema import TokenizerConfig
+from cvm_translator.corpus.build import CorpusSummary, load_split
+from cvm_translator.corpus.build import build_corpus as build_corpus_files
+from cvm_translator.corpus.records import Pair
+from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.corpus.tokenizer import build_tokenizer as build_tokenizer_files
+from cvm_translator.pipeline.context import RunContext, stage
+from cvm_translator.validation.preflight import check_alignment, check_leakage
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The cleaned text of a run."""
+
+    summary: CorpusSummary
+    train: list[Pair]
+    validation: list[Pair]
+    test: list[Pair]
+    unseen: list[Pair]
+    sha256: str
+    """Hash over all splits."""
+
+    def splits(self) -> dict[str, list[Pair]]:
+        return {"train": self.train, "validation": self.validation, "test": self.test, "unseen": self.unseen}
+
+
+def build_corpus(context: RunContext) -> Corpus:
+    config, directory = context.config.corpus, context.layout.corpus
+    with stage(context, "corpus") as note:
+        summary = build_corpus_files(
+            config, directory, seed=config.split_seed, base_dir=Path.cwd(), report=context.note
+        )
+        splits = {name: load_split(directory, name) for name in ("train", "validation", "test", "unseen")}
+        if not summary.reused:
+            check_leakage({name: [(pair.source, pair.target) for pair in pairs] for name, pairs in splits.items()})
+            for name, pairs in splits.items():
+                sources, targets, origins = zip(*pairs, strict=True) if pairs else ((), (), ())
+                check_alignment(sources, targets, f"corpus.{name}", origins)
+        note.skipped = summary.reused
+        note.summary = {name: len(pairs) for name, pairs in splits.items()}
+    return Corpus(summary, **splits, sha256=summary.sha256)
+
+
+def build_tokenizer(context: RunContext, corpus: Corpus) -> Tokenizer:
+    config, teacher = context.config.tokenizer, context.config.teacher
+    if teacher.path is not None and config.path is None:
+        # A student can only copy a teacher's distribution over the same pieces.
+        config = TokenizerConfig(path=teacher.path / "sentencepiece.model")
+    with stage(context, "tokenizer") as note:
+        manifest = context.layout.tokenizer / "manifest.json"
+        before = manifest.stat().st_mtime_ns if manifest.exists() else None
+        tokenizer = build_tokenizer_files(config, context.layout.corpus, context.layout.tokenizer, report=context.note)
+        note.skipped = manifest.stat().st_mtime_ns == before
+        note.summary = {"pieces": tokenizer.vocab_size}
+    return tokenizer
