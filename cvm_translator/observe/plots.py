@@ -293,7 +293,7 @@ def plot_errors(
         return None
     columns = choose_columns(len(names))
     rows = math.ceil(len(names) / columns)
-    figure, panels = build_figure(rows, columns, 9.6, 0.3 + 1.95 * rows)
+    figure, panels = build_figure(rows, columns, 2.5 * max(columns, 3), 0.3 + 1.95 * rows)
     from matplotlib.ticker import MaxNLocator
 
     for index, (axes, name) in enumerate(zip(panels, names, strict=False)):

@@ -46,7 +46,7 @@ ERROR_NAMES = {
     "numbers": "wrong numbers",
     "placeholders": "wrong placeholders",
     "wrong_language": "wrong language",
-    "much_worse_than_teacher": "much worse than teacher",
+    "much_worse_than_teacher": "far below the teacher",
 }
 
 
