@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import enum
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
 from cvm_translator.quantization.four_bit import FourBitLinear
 from cvm_translator.quantization.linear import Int8Linear, Int8TiedEmbedding, QuantizableLinear, TiedEmbedding
 
-M = TypeVar("M", bound=nn.Module)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class QuantizationType(enum.Enum):
@@ -85,10 +85,10 @@ class AdvancedQuantizer:
         set_fake_quantization(model, on and self.quantization_type is QuantizationType.QAT_INT8)
         return model
 
-    def convert(self, model: M) -> M:
+    def convert(self, model: ModuleT) -> ModuleT:
         """A deep copy of the model in the deployed number format, in evaluation mode."""
         replace = _CONVERTERS[self.quantization_type]
-        converted = copy.deepcopy(model) if replace is None else cast(M, replace_modules(model, replace))
+        converted = copy.deepcopy(model) if replace is None else cast(ModuleT, replace_modules(model, replace))
         set_fake_quantization(converted, False)
         return converted.eval()
 
