@@ -95,7 +95,7 @@ def test_every_import_comes_from_below() -> None:
         ("losses/distillation.py", "from cvm_translator.metrics import bleu"),
         ("corpus/build.py", "from cvm_translator import models"),
         ("models/folder.py", "import cvm_translator.checkpoints.store"),
-        ("training/loop.py", "from ..pipeline import stages"),
+        ("training/loop.py", "from ..pipeline import teacher"),
         ("observe/status.py", "from cvm_translator.daemon import stop"),
         ("daemon/background.py", "import torch"),
         ("somewhere/new.py", ""),

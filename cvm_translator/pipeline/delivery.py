@@ -25,7 +25,10 @@ from cvm_translator.pipeline.arrange import arrange_gate, arrange_scores, negate
 from cvm_translator.pipeline.cards import build_metadata, build_model_card
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
 from cvm_translator.pipeline.measure import measure_folder
-from cvm_translator.pipeline.stages import Corpus, StudentOutcome, Teacher, save_model_folder
+from cvm_translator.pipeline.parts import save_model_folder
+from cvm_translator.pipeline.student import StudentOutcome
+from cvm_translator.pipeline.teacher import Teacher
+from cvm_translator.pipeline.text import Corpus
 from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
 from cvm_translator.runs import atomic
 from cvm_translator.validation import TranslationQualityEvaluator, ValidationConfig

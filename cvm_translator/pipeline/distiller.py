@@ -17,9 +17,12 @@ import yaml
 
 from cvm_translator.config import RunConfig, dump_config
 from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, RunFolderError, Stopped
-from cvm_translator.pipeline import delivery, student, teacher, text
+from cvm_translator.pipeline import delivery
 from cvm_translator.pipeline.context import RunContext
 from cvm_translator.pipeline.journal import TensorBoardLog, TextLog, build_display
+from cvm_translator.pipeline.student import distil
+from cvm_translator.pipeline.teacher import obtain_teacher
+from cvm_translator.pipeline.text import build_corpus, build_tokenizer
 from cvm_translator.runs import atomic
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.layout import RunLayout
@@ -49,10 +52,10 @@ class ModelDistiller:
         with RunLock(self.layout.lock), StopRequest() as stop:
             context = self._open(stop)
             try:
-                corpus = text.build_corpus(context)
-                tokenizer = text.build_tokenizer(context, corpus)
-                model = teacher.obtain_teacher(context, corpus, tokenizer)
-                outcome = stages.distil(context, corpus, tokenizer, teacher)
+                corpus = build_corpus(context)
+                tokenizer = build_tokenizer(context, corpus)
+                teacher = obtain_teacher(context, corpus, tokenizer)
+                outcome = distil(context, corpus, tokenizer, teacher)
                 folders = delivery.quantise(context, tokenizer, outcome)
                 verdict = delivery.gate(context, corpus, teacher, folders)
                 report = delivery.report(context, corpus, outcome, folders, verdict)
