@@ -16,6 +16,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from cvm_translator.errors import RunFolderError
+from cvm_translator.observe.evidence import count_errors, list_error_counts
+from cvm_translator.observe.facts import flatten, read_facts
 from cvm_translator.observe.report import write_report
 
 PAYLOADS = [
@@ -204,3 +206,30 @@ def test_nothing_outside_reports_is_touched(make_run: Callable[..., Path], no_pl
     before = outside()
     write_report(root)
     assert outside() == before
+
+
+def test_counts_come_from_the_validation_records_where_there_are_any(make_run: Callable[..., Path]) -> None:
+    root = make_run()
+    (root / "validation").mkdir()
+    counts = {"under_translation": 4, "over_translation": 3, "placeholders": 2, "differs_from_teacher": 900}
+    record = {"step": 700, "attempt": 2, "error_analysis": {"error_counts": counts}}
+    (root / "validation" / "step_700.attempt_2.json").write_text(json.dumps(record))
+    (root / "validation" / "step_700.json").write_text(json.dumps(record | {"attempt": 1, "probes": {"empty": 77}}))
+    (root / "validation" / "teacher.json").write_text(json.dumps({"probes": {"placeholders": 1}}))
+    facts = read_facts(root)
+    found = dict(list_error_counts(facts))
+    assert found[700] == {"under_translation": 4, "over_translation": 3, "placeholders": 2, "length_ratio": 7}
+    assert set(found[800]) == set(facts.history.student_validations()[7]["probes"]) - {"sentences"}
+    assert count_errors(facts.validations["teacher"]) == {"placeholders": 1}
+
+
+def test_flattening_keeps_plain_entries_on_one_line() -> None:
+    data = {
+        "a": {"b": 1.5, "c": None},
+        "packages": [{"name": "x", "sha256": None, "kind": "wheel"}],
+        "on": True,
+        "n": [],
+    }
+    assert flatten(data) == [
+        ("a.b", "1.5"), ("a.c", "–"), ("packages[0]", "name x, kind wheel"), ("on", "yes"), ("n", "none"),
+    ]  # fmt: skip
