@@ -3,7 +3,7 @@
 Guarantees: an error is one line on standard error that names the setting or file, the value and the remedy, with the
 exit code of its kind (1 an error, 2 wrong usage, 3 not running, 4 failed, 5 the gate failed, 130/143 stopped after
 saving); `--debug` adds the traceback. Results go to standard output. Libraries are imported by the command that needs
-them, so `status`, `start`, `stop` and `monitor` never load torch.
+them, so `status`, `start`, `stop` and `monitor` never load torch, and `status`, `stop` and `monitor` no config either.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cvm_translator import __version__
-from cvm_translator.config import RunConfig, load_config
 from cvm_translator.errors import EXIT_ERROR, EXIT_OK, CvmError, ModelError, Stopped
+
+if TYPE_CHECKING:
+    from cvm_translator.config import RunConfig
 
 DEFAULT_RUN_DIR = Path("distillation_output")
 
@@ -72,6 +74,8 @@ def _describe(error: Exception) -> str:
 
 
 def _run(options: Options) -> int:
+    from cvm_translator.config import load_config
+
     return _run_pipeline(load_config(options.config, options.set, options.output_dir), options)
 
 
@@ -103,6 +107,7 @@ def _stop(options: Options) -> int:
 
 
 def _resume(options: Options) -> int:
+    from cvm_translator.config import load_config
     from cvm_translator.daemon import resume
     from cvm_translator.daemon.background import require_run_folder
     from cvm_translator.runs.layout import RunLayout
@@ -257,6 +262,7 @@ def _export(options: Options) -> int:
 
 
 def _corpus_build(options: Options) -> int:
+    from cvm_translator.config import load_config
     from cvm_translator.corpus.build import build_corpus
     from cvm_translator.runs.layout import RunLayout
     from cvm_translator.runs.lock import RunLock

@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cvm_translator.config import load_config
 from cvm_translator.errors import EXIT_ERROR, EXIT_GATE_FAILED, EXIT_NOT_RUNNING, EXIT_OK, CvmError, RunFolderError
 from cvm_translator.runs.events import EventTail
 from cvm_translator.runs.layout import RunLayout
@@ -56,6 +55,8 @@ def start(config_path: Path, overrides: list[str], output_dir: Path | None = Non
 
     The config is checked here first, so its errors appear at once. Raises CvmError.
     """
+    from cvm_translator.config import load_config
+
     run_dir = Path(load_config(config_path, overrides, output_dir).output_dir).absolute()
     options = [part for override in overrides for part in ("--set", override)]
     command = [*PROGRAM, "run", str(config_path), *options, "--output-dir", str(run_dir), "--no-progress"]

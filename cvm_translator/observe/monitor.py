@@ -9,15 +9,13 @@ Exit codes: 0 the run is done (or Ctrl-C, or a running run with `once`), 3 not r
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cvm_translator.errors import EXIT_ERROR, EXIT_OK, CvmError
+from cvm_translator.errors import EXIT_OK
 from cvm_translator.observe.alerts import Alert, AlertBook, alerts_of_event, alerts_of_status
 from cvm_translator.observe.describe import format_status
 from cvm_translator.observe.history import Event
@@ -27,8 +25,6 @@ from cvm_translator.observe.status import read_status
 from cvm_translator.observe.text import printable
 from cvm_translator.observe.watch import FileHints, ProcessWatch, RunWatch
 from cvm_translator.runs.layout import RunLayout
-
-DEFAULT_RUN_DIR = "distillation_output"
 
 
 def main(
@@ -99,51 +95,3 @@ class Monitor:
         self.hints.stop()
         self.reports.close()
         self.watch.close()
-
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-
-def main_cli(argv: Sequence[str] | None = None) -> int:
-    """The command line of `monitor_distillation.py` and of `cvm-translator monitor`."""
-    parser = argparse.ArgumentParser(
-        prog="monitor_distillation.py",
-        description="Follow a distillation run: live view, alerts, status reports. The run is only read.",
-    )
-    parser.add_argument("run_dir", nargs="?", default=DEFAULT_RUN_DIR, help="run folder (default: %(default)s)")
-    parser.add_argument(
-        "--once", action="store_true", help="print one report and exit (0 running or done, 3 not, 4 failed)"
-    )
-    parser.add_argument("--json", action="store_true", help="JSON instead of text: one object, or one a line")
-    parser.add_argument(
-        "--report-every", type=_positive, default=300.0, metavar="SECONDS", help="write monitor/status_report so often"
-    )
-    parser.add_argument("--refresh", type=_positive, default=1.0, metavar="SECONDS", help="look at the files so often")
-    options = parser.parse_args(argv)
-    if not options.once:
-        os.nice(5)  # a run on a busy machine goes first
-    try:
-        return main(
-            options.run_dir,
-            once=options.once,
-            as_json=options.json,
-            report_every_seconds=options.report_every,
-            refresh_seconds=options.refresh,
-        )
-    except CvmError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return EXIT_ERROR
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-if __name__ == "__main__":
-    sys.exit(main_cli())

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cvm_translator.observe import monitor as monitor_module
+from cvm_translator.cli import main as command_line
 from cvm_translator.observe.live import build_view, sparkline
 from cvm_translator.observe.monitor import main
 from cvm_translator.observe.schedule import ScheduledReports
@@ -26,7 +26,8 @@ from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import RunLock, process_start_time
 
-COMMAND = [sys.executable, "-m", "cvm_translator.observe.monitor"]
+COMMAND = [sys.executable, "-m", "cvm_translator", "monitor"]
+SCRIPT = Path(__file__).parents[2] / "monitor_distillation.py"
 
 
 @pytest.fixture
@@ -63,21 +64,41 @@ def test_once(make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str],
     assert not (root / "monitor").exists()
 
 
-def test_once_as_a_process_never_imports_torch(make_run: Callable[..., Path]) -> None:
-    code = (
-        "import sys; from cvm_translator.observe.monitor import main_cli;"
-        "code = main_cli(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    )
-    command = [sys.executable, "-c", code, str(make_run()), "--once"]
+IMPORTED = """
+import sys
+from cvm_translator.cli import main
+code = main(sys.argv[1:])
+assert not {"torch", "pydantic"} & set(sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["monitor", "--once"], ["status"]])
+def test_once_as_a_process_never_imports_torch(make_run: Callable[..., Path], arguments: list[str]) -> None:
+    command = [sys.executable, "-c", IMPORTED, *arguments, str(make_run())]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "the gate passed" in result.stdout
 
 
+def test_the_script_looks_at_distillation_output_and_takes_all_options(make_run: Callable[..., Path]) -> None:
+    root = make_run()
+    root.rename(root.with_name("distillation_output"))
+    command = [sys.executable, str(SCRIPT)]
+    once = subprocess.run([*command, "--once", "--json"], cwd=root.parent, capture_output=True, text=True)
+    assert (once.returncode, once.stderr) == (0, "")
+    assert json.loads(once.stdout)["state"] == "done"
+    options = ["distillation_output", "--report-every", "1000", "--refresh", "0.05", "--json"]
+    followed = subprocess.run([*command, *options], cwd=root.parent, capture_output=True, text=True)
+    assert (followed.returncode, followed.stderr) == (0, "")
+    assert json.loads(followed.stdout)["state"] == "done"
+    assert (root.with_name("distillation_output") / "monitor" / "status_report.md").is_file()
+
+
 @pytest.mark.parametrize("arguments", [["--refresh", "0"], ["--report-every", "-1"], ["--nope"], ["a", "b"]])
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        monitor_module.main_cli(arguments)
+        command_line(["monitor", *arguments])
     assert error.value.code == 2
     assert "usage:" in capsys.readouterr().err
 
