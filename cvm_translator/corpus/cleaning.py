@@ -14,7 +14,8 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from cvm_translator.config.schema import CleaningConfig
 from cvm_translator.corpus.records import Pair
-from cvm_translator.corpus.text import PLACEHOLDER, count_letters, find_placeholders, hash_key, make_key, normalise_text
+from cvm_translator.corpus.text import count_letters, hash_key, make_key, normalise_text
+from cvm_translator.metrics.placeholders import PLACEHOLDER, find_placeholders
 
 # In the order in which they run; the first five are entries that catalogues mark or that are no plain text.
 FILTERS = (
@@ -86,7 +87,7 @@ class Cleaner:
             return "no_letters"
         if self.config.drop_identical and source.casefold() == target.casefold():
             return "identical"
-        if find_placeholders(source) != find_placeholders(target):
+        if sorted(find_placeholders(source)) != sorted(find_placeholders(target)):
             return "placeholders_differ"
         if self._is_wrong_language(source, target):
             return "wrong_language"

@@ -1,4 +1,4 @@
-"""Strings only: placeholders, markup and the keys by which near-duplicates are found.
+"""Strings only: whitespace, markup and the keys by which near-duplicates are found.
 
 Guarantees: every function is pure and linear in the length of its text.
 """
@@ -10,20 +10,7 @@ import html
 import re
 import unicodedata
 
-# Interpolation marks of printf, Python, str.format, string.Template, Qt, Django and Zope.
-PLACEHOLDER = re.compile(
-    r"""
-      %\([A-Za-z_][\w.\-]*\)[-+0#\ ]?\d*(?:\.\d+)?l?[diouxXeEfFgGcrsa]  # %(name)s
-    | %\d+\$[-+0#]?\d*(?:\.\d+)?(?:l{0,2}|h)[diouxXeEfFgGcsp]         # %1$s
-    | %[-+0#]?\d*(?:\.\d+)?(?:l{1,2}|h|z)?[diouxXfgcrs](?![^\W\d_])  # %s, %.2f; not the % of "50 %ige"
-    | %[1-9]\d?(?![\w%])                                             # %1
-    | \$\{[A-Za-z_][\w.\-]*\}                                        # ${name}
-    | \{\$[^{}]{1,80}\$\}                                           # {$ name $}
-    | \{\{[\w.\-|:\ ]{1,80}\}\}                                      # {{ name }}
-    | \{[\w.\[\]\-]{0,60}(?:![rsa])?(?::[^{}\s]{0,20})?\}              # {}, {0}, {name:.2f}
-    """,
-    re.VERBOSE,
-)
+from cvm_translator.metrics.placeholders import PLACEHOLDER
 
 HTML_NAMES = (
     "a abbr b big blockquote br button center cite code dd del div dl dt em embed font form h1 h2 h3 h4 h5 h6 hr html i"
@@ -52,11 +39,6 @@ def normalise_text(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
     text = _CONTROLS.sub(" ", _FORMAT_CHARACTERS.sub("", text))
     return " ".join(text.split())
-
-
-def find_placeholders(text: str) -> list[str]:
-    """The placeholders of a text, sorted, each as often as it occurs."""
-    return sorted(match.group() for match in PLACEHOLDER.finditer(text))
 
 
 def strip_accelerators(source: str, target: str) -> tuple[str, str]:

@@ -22,8 +22,8 @@ import sentencepiece
 from cvm_translator.config.schema import TokenizerConfig
 from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.records import Pair
-from cvm_translator.corpus.text import PLACEHOLDER
 from cvm_translator.errors import CorpusError
+from cvm_translator.metrics.placeholders import find_placeholders
 from cvm_translator.runs.atomic import read_json, sha256_file, sha256_json, write_bytes, write_json
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -148,7 +148,7 @@ def choose_placeholders(pairs: list[Pair], vocab_size: int) -> list[str]:
     counts: Counter[str] = Counter()
     for pair in pairs:
         if "%" in pair.source or "{" in pair.source:
-            counts.update(m for m in (match.group() for match in PLACEHOLDER.finditer(pair.source)) if " " not in m)
+            counts.update(name for name in find_placeholders(pair.source) if " " not in name)
     room = max(len(COMMON_PLACEHOLDERS), int(MAX_PLACEHOLDER_SHARE * vocab_size))
     frequent = (name for name, count in counts.items() if count >= MIN_PLACEHOLDER_COUNT)
     ranked = sorted(frequent, key=lambda name: (-counts[name], name))

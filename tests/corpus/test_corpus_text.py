@@ -1,4 +1,4 @@
-"""Placeholders, accelerators, markup, keys."""
+"""Accelerators, markup, keys."""
 
 from __future__ import annotations
 
@@ -9,29 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvm_translator.corpus.text import (
-    find_placeholders,
     make_key,
     normalise_text,
     strip_accelerators,
     strip_markup,
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("%(name)s and %(n)d", ["%(n)d", "%(name)s"]),
-        ("%s, %d, %.2f, %5.1f%%", ["%.2f", "%5.1f", "%d", "%s"]),
-        ("%1$s %2$d", ["%1$s", "%2$d"]),
-        ("Open %1 in %2", ["%1", "%2"]),
-        ("{} {0} {name} {x:.2f} {y!r}", ["{0}", "{name}", "{x:.2f}", "{y!r}", "{}"]),
-        ("${name} {{ user.name }} {$ ctrl.path $}", ["${name}", "{$ ctrl.path $}", "{{ user.name }}"]),
-        ("100% sure, 50 %ige Lösung, 100%", []),
-        ("%s%s", ["%s", "%s"]),
-    ],
-)
-def test_placeholders(text: str, expected: list[str]) -> None:
-    assert find_placeholders(text) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +58,6 @@ def test_normalised_text_is_one_clean_line(text: str) -> None:
 def test_hostile_repetitions_end(unit: str) -> None:
     """Anything quadratic would run into the test's time limit."""
     text = unit * (300_000 // len(unit))
-    assert find_placeholders(text) is not None
     assert strip_markup(text)[1] >= 0
     assert make_key(text)
     assert strip_accelerators(text, text[:-1])
