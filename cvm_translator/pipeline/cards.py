@@ -45,8 +45,8 @@ def build_model_card(config: RunConfig, final: dict[str, Any]) -> str:
         f" ({model['num_bytes'] / 2**20:.1f} MiB), distilled from a teacher of {teacher['num_parameters']:,} parameters"
         f" ({teacher['num_bytes'] / 2**20:.1f} MiB in {teacher['number_format']}).",
         "",
-        f"The quality gate **{word}**: at least {config.guard.quality_threshold:.0%} of the teacher's quality score, BLEU"
-        " and chrF on test sentences that no decision has seen.",
+        f"The quality gate **{word}**: at least {config.guard.quality_threshold:.0%} of the teacher's quality score,"
+        " BLEU and chrF on test sentences that no decision has seen.",
         "",
         "| metric | teacher | this model | retention |",
         "|---|---|---|---|",
@@ -78,10 +78,25 @@ def build_model_card(config: RunConfig, final: dict[str, Any]) -> str:
         "",
         "## Limits",
         "",
-        "The model knows the kind of text it was trained on. Scores on another domain are in the report; measure on your"
-        " own text (`cvm-translator validate`) before you rely on it.",
+        "The model knows the kind of text it was trained on. Scores on another domain are in the report; measure on"
+        " your own text (`cvm-translator validate`) before you rely on it.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def describe_outcome(final: dict[str, Any]) -> str:
+    """What was kept, in one line for the terminal."""
+    deployed = final["deployed"]
+    teacher, student = (final["models"][name] for name in ("teacher", deployed))
+    teacher_bleu, student_bleu = (final["test"][name]["scores"]["bleu"]["value"] for name in ("teacher", deployed))
+    kept = final["test"][deployed]
+    return (
+        f"test set: teacher BLEU {teacher_bleu:.1f}, {deployed} student {student_bleu:.1f}"
+        f" ({kept['retentions']['bleu']['value']:.1%}); quality {kept['retentions']['quality_score']['value']:.1%};"
+        f" {teacher['num_bytes'] / 2**20:.1f} MiB to {student['num_bytes'] / 2**20:.1f} MiB"
+        f" ({teacher['num_bytes'] / student['num_bytes']:.1f} times smaller),"
+        f" {student['tokens_per_second'] / teacher['tokens_per_second']:.1f} times the teacher's tokens per second"
+    )
 
 
 def _interval(figure: dict[str, float]) -> str:

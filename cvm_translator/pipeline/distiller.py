@@ -19,6 +19,7 @@ from cvm_translator.config import RunConfig, dump_config
 from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, RunFolderError, Stopped
 from cvm_translator.pipeline import delivery
 from cvm_translator.pipeline.context import RunContext
+from cvm_translator.pipeline.cards import describe_outcome
 from cvm_translator.pipeline.journal import TensorBoardLog, TextLog, build_display
 from cvm_translator.pipeline.student import distil
 from cvm_translator.pipeline.teacher import obtain_teacher
@@ -48,7 +49,7 @@ class ModelDistiller:
         self._progress = progress
 
     def run_distillation(self) -> dict[str, Any]:
-        """Run or carry on, to the final report (also in `reports/final_report.json`); `exit_code` tells the gate's word."""
+        """Run or carry on, to the final report (what `reports/final_report.json` holds, and the run's `exit_code`)."""
         with RunLock(self.layout.lock), StopRequest() as stop:
             context = self._open(stop)
             try:
@@ -116,6 +117,8 @@ class ModelDistiller:
     def _finish(self, context: RunContext, report: dict[str, Any]) -> dict[str, Any]:
         passed = report["gate"]["passed"]
         report["exit_code"] = EXIT_OK if passed else EXIT_GATE_FAILED
+        for failure in report["gate"]["failures"]:
+            context.warn("gate_failed", f"gate: {failure}")
         context.events.write(
             "run_finished",
             step=report["num_iterations"],
@@ -125,6 +128,8 @@ class ModelDistiller:
             executed_steps=report["executed_steps"],
             seconds=time.monotonic() - self._start,
         )
+        context.note(describe_outcome(report))
+        context.note(f"report: {context.layout.reports / 'comparison_report.html'}")
         return report
 
     def _show(self, message: str) -> None:

@@ -5,12 +5,15 @@ What the finished student goes through (files, gate, report) is in `delivery`.
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.config.schema import RunConfig
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
@@ -18,7 +21,7 @@ from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.initialization import init_from_teacher, init_random
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.pipeline.context import RunContext, stage
+from cvm_translator.pipeline.context import RunContext, StageRecord, stage
 from cvm_translator.pipeline.parts import (
     build_dataset,
     build_judge,
@@ -32,9 +35,11 @@ from cvm_translator.pipeline.text import Corpus
 from cvm_translator.quantization import QuantizationType
 from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, obtain_states
 from cvm_translator.training.device import uses_bfloat16
-from cvm_translator.training.loop import LoopOutcome, LoopSetup, TrainingLoop
+from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
-from cvm_translator.training.state import seed_everything
+from cvm_translator.training.resume import delivered_weights
+from cvm_translator.training.setup import LoopOutcome, LoopSetup
+from cvm_translator.training.state import LoopState, seed_everything
 from cvm_translator.validation import ValidationConfig
 
 
@@ -45,53 +50,80 @@ class StudentOutcome:
     loop: LoopOutcome
     weights: dict[str, torch.Tensor]
     preflight: dict[str, Any]
-    teacher_record: dict[str, Any]
 
 
 def distil(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: Teacher) -> StudentOutcome:
-    """Pre-flight, then the guarded loop."""
-    config, settings = context.config, context.config.distillation
+    """Pre-flight, then the guarded loop; a loop that has ended, also by a halt, is not entered again."""
+    config = context.config
+    store = build_store(context, context.layout.checkpoints)
+    inputs = {"teacher": teacher.sha256, "corpus": corpus.sha256, "tokenizer": tokenizer.sha256}
+    inputs |= {name: config.to_plain()[name] for name in _SETTINGS}
+    record = StageRecord(context.layout, "distil", inputs)
     with stage(context, "distil") as note:
-        student = build_student(context, tokenizer, teacher)
-        dataset = build_dataset(context, corpus.train, tokenizer, config.student.model, teacher.model.config)
-        loss = DistillationLoss(settings.temperature, settings.alpha, settings.beta, settings.label_smoothing)
-        validator = build_validator(
-            context,
-            corpus,
-            tokenizer,
-            ValidationConfig.from_run(config, str(context.device)),
-            context.layout.validation,
+        result = record.load()
+        note.skipped = result is not None
+        if result is None:
+            result = _run_loop(context, corpus, tokenizer, teacher, store)
+            record.save(result, sorted((store.directory / result["final_checkpoint"]).iterdir()))
+            shutil.rmtree(states_directory(context), ignore_errors=True)
+        state = LoopState.from_plain(result["state"])
+        note.summary = {"steps": state.step, "best_step": state.best_step}
+        loop = LoopOutcome(state, result["final_checkpoint"], result["halted"])
+        return StudentOutcome(loop, delivered_weights(store, loop), result["preflight"])
+
+
+_SETTINGS = ("seed", "distillation", "student", "guard", "quantization", "validation", "fault_injection")
+
+
+def _run_loop(
+    context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: Teacher, store: CheckpointStore
+) -> dict[str, Any]:
+    """Train the student to the end; returns plain data."""
+    config, settings = context.config, context.config.distillation
+    student = build_student(context, tokenizer, teacher)
+    dataset = build_dataset(context, corpus.train, tokenizer, config.student.model, teacher.model.config)
+    loss = DistillationLoss(settings.temperature, settings.alpha, settings.beta, settings.label_smoothing)
+    validation = ValidationConfig.from_run(config, str(context.device))
+    validator = build_validator(context, corpus, tokenizer, validation, context.layout.validation)
+    record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)
+    preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"])
+    preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
+    context.note(describe_preflight(preflight))
+    states = obtain_teacher_states(context, teacher, dataset) if loss.needs_teacher else None
+    quantization = QuantizationType(config.quantization.method)
+    seed_everything(config.seed)
+    loop = TrainingLoop(
+        LoopSetup(
+            stage="distil",
+            settings=settings,
+            guard=config.guard,
+            model=student,
+            objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),
+            dataset=dataset,
+            batches=BatchSchedule(dataset.lengths, settings.batch_size, config.seed),
+            store=store,
+            events=context.events,
+            judge=build_judge(context, "distil", validator, corpus, tokenizer, config.student.model, quantization),
+            stop=context.stop,
+            device=context.device,
+            validate_every_steps=config.validation.every_steps,
+            quantize_from_step=first_quantized_step(config),
+            faults=list(config.fault_injection),
         )
-        record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)
-        preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"])
-        preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
-        context.note(describe_preflight(preflight))
-        states = obtain_teacher_states(context, teacher, dataset) if loss.needs_teacher else None
-        quantization = QuantizationType(config.quantization.method)
-        seed_everything(config.seed)
-        loop = TrainingLoop(
-            LoopSetup(
-                stage="distil",
-                settings=settings,
-                guard=config.guard,
-                model=student,
-                objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),
-                dataset=dataset,
-                batches=BatchSchedule(dataset.lengths, settings.batch_size, config.seed),
-                store=build_store(context, context.layout.checkpoints),
-                events=context.events,
-                judge=build_judge(context, "distil", validator, corpus, tokenizer, config.student.model, quantization),
-                stop=context.stop,
-                device=context.device,
-                validate_every_steps=config.validation.every_steps,
-                quantize_from_step=first_quantized_step(config),
-                faults=list(config.fault_injection),
-            )
-        )
-        with context.stop.deferred():
-            outcome = loop.run()
-        note.summary = {"steps": outcome.state.step, "best_step": outcome.state.best_step}
-        return StudentOutcome(outcome, loop.delivered_weights(outcome), preflight, record)
+    )
+    with context.stop.deferred():
+        outcome = loop.run()
+    return {
+        "state": outcome.state.to_plain(),
+        "final_checkpoint": outcome.final_checkpoint,
+        "halted": outcome.halted,
+        "preflight": preflight,
+    }
+
+
+def states_directory(context: RunContext) -> Path:
+    """Where the teacher's states lie while the student trains."""
+    return context.layout.teacher / "states"
 
 
 def obtain_teacher_states(context: RunContext, teacher: Teacher, dataset: DistillationDataset) -> TeacherStates | None:
@@ -111,7 +143,7 @@ def obtain_teacher_states(context: RunContext, teacher: Teacher, dataset: Distil
         return None
     start = time.monotonic()
     states, was_there = obtain_states(
-        teacher.model, teacher.sha256, dataset, context.layout.teacher / "states", context.stop.raise_if_requested
+        teacher.model, teacher.sha256, dataset, states_directory(context), context.stop.raise_if_requested
     )
     how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"
     context.note(f"teacher states of {len(dataset):,} pairs, {size_mib:,.0f} MiB: {how}")

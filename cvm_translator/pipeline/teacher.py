@@ -27,8 +27,10 @@ from cvm_translator.pipeline.parts import (
 from cvm_translator.pipeline.text import Corpus
 from cvm_translator.quantization import QuantizationType
 from cvm_translator.runs import atomic
-from cvm_translator.training.loop import LoopSetup, TrainingLoop
+from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
+from cvm_translator.training.resume import delivered_weights
+from cvm_translator.training.setup import LoopSetup
 from cvm_translator.training.state import seed_everything
 from cvm_translator.validation import ValidationConfig
 
@@ -136,7 +138,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
     )
     with context.stop.deferred():
         outcome = loop.run()
-    model.load_state_dict(loop.delivered_weights(outcome))
+    model.load_state_dict(delivered_weights(loop.setup.store, outcome))
     metadata = {"role": "teacher", "best_step": outcome.state.best_step, "num_iterations": outcome.state.step}
     save_model_folder(context, folder, model, tokenizer, metadata)
 

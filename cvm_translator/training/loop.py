@@ -11,68 +11,21 @@ Guarantees
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from typing import Any
 
-import psutil
-import torch
-
 from cvm_translator.checkpoints.folder import LoadedCheckpoint
-from cvm_translator.checkpoints.store import CheckpointStore, checkpoint_name
-from cvm_translator.config.schema import FaultInjection, GuardConfig, TrainingConfig
-from cvm_translator.corpus.batches import BatchSchedule
-from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.checkpoints.store import checkpoint_name
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.runs.events import EventWriter
-from cvm_translator.training.device import describe_numerics
 from cvm_translator.training.faults import active_faults, learning_rate_factor
-from cvm_translator.training.guard import DecisionFile, Judge, choose_action, max_executed_steps, next_recipe
-from cvm_translator.training.objectives import Objective
+from cvm_translator.training.guard import DecisionFile, choose_action, max_executed_steps, next_recipe
 from cvm_translator.training.optimizer import MovingAverage, build_optimizer
+from cvm_translator.training.progress import ProgressMeter
+from cvm_translator.training.resume import START, capture, load_best, restore
 from cvm_translator.training.schedules import compute_learning_rate
-from cvm_translator.training.signals import StopRequest
+from cvm_translator.training.setup import LoopOutcome, LoopSetup
 from cvm_translator.training.spikes import SpikeWindow
-from cvm_translator.training.state import LoopState, capture_random_state, restore_random_state
+from cvm_translator.training.state import LoopState
 from cvm_translator.training.step import StepResult, train_step
-
-PROGRESS_EVERY_SECONDS = 5.0
-START = checkpoint_name(0, 1)
-"""The rollback target until there is a best checkpoint."""
-
-
-@dataclass(frozen=True)
-class LoopOutcome:
-    """How a loop ended."""
-
-    state: LoopState
-    final_checkpoint: str
-    """Name of the checkpoint to deliver: the best one, or the last where the guard is off."""
-    halted: str | None
-    """Why the loop ended before `num_iterations`, if it did."""
-
-
-@dataclass
-class LoopSetup:
-    """The finished parts of one loop."""
-
-    stage: str
-    """teacher or distil: the name in the events."""
-    settings: TrainingConfig
-    guard: GuardConfig
-    model: CvmTransformer
-    objective: Objective
-    dataset: DistillationDataset
-    batches: BatchSchedule
-    store: CheckpointStore
-    events: EventWriter
-    judge: Judge
-    stop: StopRequest
-    device: torch.device
-    validate_every_steps: int
-    quantize_from_step: int | None = None
-    """First step that is fake-quantised; None: never."""
-    faults: list[FaultInjection] | None = None
 
 
 class TrainingLoop:
@@ -85,44 +38,52 @@ class TrainingLoop:
         self.average = MovingAverage(setup.model, setup.settings.ema_decay) if setup.settings.ema_decay else None
         self.spikes = SpikeWindow(setup.guard.spike_window_steps, setup.guard.spike_threshold)
         self.decision = DecisionFile(setup.store.directory / "rollback.json")
-        self._progress_time = time.monotonic()
-        self._progress_steps = 0
-        self._progress_tokens = 0
+        self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations)
+        self._saved_executed_steps: int | None = None
 
     def run(self) -> LoopOutcome:
         """Train to the end, resuming from the newest valid checkpoint if there is one. Raises Stopped."""
-        setup, state = self.setup, self.state
-        halted = None
+        setup = self.setup
         setup.store.protect(START)
         if not self._resume():
-            self._save(is_best=False)
-        state = self.state
-        while state.step < setup.settings.num_iterations and halted is None:
+            self._save()
+        while self.state.step < setup.settings.num_iterations and self.state.halted is None:
             # ------------------------------------------------------------------------------------------- training step
             result = self._step()
+            # ---------------------------------------------------------------- once in a while: validate and judge, save
             if result.rejected is not None:
-                halted = self._after_rejection(result)
-                state = self.state
-                if setup.stop.signal_number is not None:
-                    self._save(is_best=False)
-                    setup.stop.raise_if_requested()
-                continue
-            # ------------------------------------------------------------------------- once in a while: validate, judge
-            if state.step % setup.validate_every_steps == 0 or state.step == setup.settings.num_iterations:
-                halted = self._validate()
-                state = self.state
-            elif state.step % setup.settings.checkpoint_every_steps == 0 or setup.stop.signal_number is not None:
-                self._save(is_best=False)
+                self._after_rejection(result)
+            elif self.state.step % setup.validate_every_steps == 0 or self.state.step == setup.settings.num_iterations:
+                self._validate()
+            elif self.state.step % setup.settings.checkpoint_every_steps == 0:
+                self._save()
+            # ------------------------------------------------------------------------------------- is there more to do?
+            self._halt_at_budget()
+            if setup.stop.signal_number is not None and self._saved_executed_steps != self.state.executed_steps:
+                self._save()
             setup.stop.raise_if_requested()
-            if halted is None and self._is_budget_used_up():
-                halted = f"the step budget is used up ({state.executed_steps} steps executed)"
-        self._report_progress()
-        return LoopOutcome(state, self._final_checkpoint(), halted)
+        self.progress.report(self.state)
+        return self._finish()
 
-    def _is_budget_used_up(self) -> bool:
-        num_iterations = self.setup.settings.num_iterations
-        is_unfinished = self.state.step < num_iterations
-        return is_unfinished and self.state.executed_steps >= max_executed_steps(self.setup.guard, num_iterations)
+    def _halt_at_budget(self) -> None:
+        state, num_iterations = self.state, self.setup.settings.num_iterations
+        is_used_up = state.executed_steps >= max_executed_steps(self.setup.guard, num_iterations)
+        if state.halted is None and state.step < num_iterations and is_used_up:
+            self._halt(f"the step budget is used up ({state.executed_steps} steps executed)")
+
+    def _halt(self, reason: str) -> None:
+        """End the loop before its time; the checkpoint says so, so a rerun does not go on."""
+        self.state.halted = reason
+        self._save()
+
+    def _finish(self) -> LoopOutcome:
+        """Name what is delivered: the best checkpoint, or the last one where the guard is off or has judged nothing."""
+        state = self.state
+        if self.setup.guard.enabled and state.best_checkpoint is not None:
+            best = load_best(self.setup, state.best_checkpoint)
+            state.best_checkpoint, state.best_step = best.path.name, best.step
+            return LoopOutcome(state, state.best_checkpoint, state.halted)
+        return LoopOutcome(state, checkpoint_name(state.step, state.attempt), state.halted)
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -167,36 +128,15 @@ class TrainingLoop:
             num_tokens=result.num_tokens,
             skipped=result.rejected is not None,
         )
-        self._progress_steps += 1
-        self._progress_tokens += result.num_tokens
-        if time.monotonic() - self._progress_time >= PROGRESS_EVERY_SECONDS:
-            self._report_progress()
+        self.progress.count(result.num_tokens, state)
         return result
-
-    def _report_progress(self) -> None:
-        seconds = time.monotonic() - self._progress_time
-        setup, state = self.setup, self.state
-        if self._progress_steps and seconds > 0:
-            speed = self._progress_steps / seconds
-            setup.events.write(
-                "progress",
-                step=state.step,
-                attempt=state.attempt,
-                stage=setup.stage,
-                num_iterations=setup.settings.num_iterations,
-                steps_per_second=speed,
-                tokens_per_second=self._progress_tokens / seconds,
-                eta_seconds=(setup.settings.num_iterations - state.step) / speed,
-                memory_mib=psutil.Process().memory_info().rss / 2**20,
-            )
-        self._progress_time, self._progress_steps, self._progress_tokens = time.monotonic(), 0, 0
 
     # -------------------------------------------------------------------------------------------- verdicts and rollback
 
-    def _validate(self) -> str | None:
-        """Validate, judge, keep or roll back. Returns why the loop must halt, if it must."""
+    def _validate(self) -> None:
+        """Validate, judge, and keep, roll back or halt."""
         setup, state = self.setup, self.state
-        self._report_progress()
+        self.progress.report(state)
         judgement = setup.judge.judge(state, self.validated_model())
         is_best = judgement.is_best
         state.validations_since_best = 0 if is_best else state.validations_since_best + 1
@@ -216,20 +156,18 @@ class TrainingLoop:
             state.best_step = state.step
             state.best_checkpoint = checkpoint_name(state.step, state.attempt)
             setup.store.unprotect(START)
-        reason = None
         if action == "keep":
-            self._save(is_best=is_best)
+            self._save()
         elif action == "roll_back":
             self._roll_back(judgement.reason)
         elif judgement.is_degraded:
-            reason = f"{judgement.reason}; {len(state.rollbacks)} rollbacks did not help"
+            self._halt(f"{judgement.reason}; {len(state.rollbacks)} rollbacks did not help")
         else:
-            self._save(is_best=is_best)
-            reason = f"no new best in {state.validations_since_best} validations"
-        self._progress_time = time.monotonic()
-        return reason
+            self._halt(f"no new best in {state.validations_since_best} validations")
+        self.progress.restart()
 
-    def _after_rejection(self, result: StepResult) -> str | None:
+    def _after_rejection(self, result: StepResult) -> None:
+        """Tell of a skipped batch; after some in a row go back to the best checkpoint, or halt."""
         setup, state = self.setup, self.state
         setup.events.write(
             "warning",
@@ -238,49 +176,49 @@ class TrainingLoop:
             code="batch_skipped",
             message=f"{result.rejected} (loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}): batch skipped",
         )
-        if state.consecutive_skips < setup.guard.max_consecutive_skips:
-            return None
+        if not setup.guard.enabled or state.consecutive_skips < setup.guard.max_consecutive_skips:
+            return
         reason = f"emergency: {result.rejected} in {state.consecutive_skips} batches in a row"
-        if len(state.rollbacks) >= setup.guard.max_rollbacks:
-            return f"{reason}; {len(state.rollbacks)} rollbacks did not help"
-        self._roll_back(reason)
-        return None
+        if len(state.rollbacks) < setup.guard.max_rollbacks:
+            self._roll_back(reason)
+        else:
+            self._halt(f"{reason}; {len(state.rollbacks)} rollbacks did not help")
 
     def _roll_back(self, reason: str) -> None:
         """Go back to the best checkpoint (or the start) with the next recipe: decide on disk, then act."""
-        setup, state = self.setup, self.state
-        recipe = next_recipe(state, setup.guard)
-        target = state.best_checkpoint or START
-        to_step = state.best_step or 0
+        state = self.state
+        recipe = next_recipe(state, self.setup.guard)
+        target = load_best(self.setup, state.best_checkpoint or START)
         state.rollbacks.append(
             {
                 "step": state.step,
-                "to_step": to_step,
+                "to_step": target.step,
                 "reason": reason,
                 "learning_rate_factor": recipe.learning_rate_factor,
                 "data_stream": recipe.data_stream,
             }
         )
-        self.decision.write(recipe, target, state)
-        setup.events.write(
-            "rollback",
-            step=state.step,
-            attempt=state.attempt,
-            stage=setup.stage,
-            reason=reason,
-            from_step=state.step,
-            to_step=to_step,
-            rollback_number=len(state.rollbacks),
-            learning_rate_factor=recipe.learning_rate_factor,
-            data_stream=recipe.data_stream,
-        )
+        self.decision.write(recipe, target.path.name, state)
         decision = self.decision.pending(state.attempt)
         assert decision is not None
-        self._carry_out(decision)
+        self._carry_out(decision, target)
 
-    def _carry_out(self, decision: dict[str, Any]) -> None:
-        """Load the rollback's checkpoint and override its recipe; what was executed stays executed."""
-        self._restore(self.setup.store.load(decision["checkpoint"]))
+    def _carry_out(self, decision: dict[str, Any], target: LoadedCheckpoint) -> None:
+        """Restore the rollback's checkpoint and override its recipe; what was executed stays executed."""
+        setup, latest = self.setup, decision["rollbacks"][-1]
+        setup.events.write(
+            "rollback",
+            step=latest["step"],
+            attempt=decision["attempt"] - 1,
+            stage=setup.stage,
+            reason=latest["reason"],
+            from_step=latest["step"],
+            to_step=target.step,
+            rollback_number=len(decision["rollbacks"]),
+            learning_rate_factor=decision["learning_rate_factor"],
+            data_stream=decision["data_stream"],
+        )
+        self._restore(target)
         state = self.state
         state.attempt = decision["attempt"]
         state.learning_rate_factor = decision["learning_rate_factor"]
@@ -289,9 +227,9 @@ class TrainingLoop:
         state.num_skipped = decision["num_skipped"]
         state.rollbacks = decision["rollbacks"]
         state.consecutive_skips = 0
-        self.setup.batches.change_stream(state.data_stream)
-        assert self.setup.batches.state_dict()["stream"] == state.data_stream
-        self._save(is_best=False)
+        setup.batches.change_stream(state.data_stream)
+        assert setup.batches.state_dict()["stream"] == state.data_stream
+        self._save()
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -305,27 +243,14 @@ class TrainingLoop:
         model.set_fake_quantization(False)
         return model.eval()
 
-    def _save(self, *, is_best: bool) -> None:
+    def _save(self) -> None:
         setup, state = self.setup, self.state
-        plain = {
-            "loop": state.to_plain(),
-            "batches": setup.batches.state_dict(),
-            "judge": setup.judge.state_dict(),
-            "spikes": self.spikes.state_dict(),
-            "num_averaged": self.average.num_updates if self.average else None,
-            "numerics": describe_numerics(setup.device),
-        }
-        tensors = {"model": setup.model.state_dict()}
-        if self.average is not None:
-            tensors["ema"] = self.average.tensors
-        saved = setup.store.save(
-            state.step,
-            state.attempt,
-            tensors=tensors,
-            torch_states={"optimizer": self.optimizer.state_dict(), "random": capture_random_state()},
-            plain=plain,
-            is_best=is_best,
-        )
+        # Events first: a step that a checkpoint covers is not replayed, so its loss must not die with the process.
+        setup.events.flush(sync=True)
+        is_best = state.best_checkpoint == checkpoint_name(state.step, state.attempt)
+        captured = capture(setup, state, self.optimizer, self.average, self.spikes)
+        saved = setup.store.save(state.step, state.attempt, **captured, is_best=is_best)
+        self._saved_executed_steps = state.executed_steps
         setup.events.write(
             "checkpoint",
             step=state.step,
@@ -354,31 +279,15 @@ class TrainingLoop:
         )
         decision = self.decision.pending(self.state.attempt)
         if decision is not None:
-            self._carry_out(decision)
+            self._carry_out(decision, load_best(setup, decision["checkpoint"]))
         return True
 
     def _restore(self, checkpoint: LoadedCheckpoint) -> list[str]:
         """Put every piece back; returns what differs from the machine that saved it."""
-        setup, plain = self.setup, checkpoint.plain
-        setup.model.load_state_dict(checkpoint.tensors["model"])
-        self.optimizer.load_state_dict(checkpoint.torch_states["optimizer"])
-        if self.average is not None:
-            self.average.load_tensors(checkpoint.tensors["ema"], plain["num_averaged"])
-        self.state = LoopState.from_plain(plain["loop"])
-        setup.batches.load_state_dict(plain["batches"])
-        setup.judge.load_state_dict(plain["judge"])
-        self.spikes.load_state_dict(plain["spikes"])
-        restore_random_state(checkpoint.torch_states["random"])
-        now = describe_numerics(setup.device)
-        return [f"{key}: was {old}, is {now.get(key)}" for key, old in plain["numerics"].items() if old != now.get(key)]
-
-    def delivered_weights(self, outcome: LoopOutcome) -> dict[str, torch.Tensor]:
-        """The state_dict of the model to deliver, read back and verified from its checkpoint."""
-        tensors = self.setup.store.load(outcome.final_checkpoint).tensors
-        return tensors["model"] | tensors.get("ema", {})
-
-    def _final_checkpoint(self) -> str:
-        state = self.state
-        if self.setup.guard.enabled and state.best_checkpoint is not None:
-            return state.best_checkpoint
-        return checkpoint_name(state.step, state.attempt)
+        self.state, differences = restore(checkpoint, self.setup, self.optimizer, self.average, self.spikes)
+        if self.state.best_checkpoint is not None:
+            self.setup.store.unprotect(START)
+        else:
+            self.setup.store.protect(START)
+        self._saved_executed_steps = self.state.executed_steps
+        return differences

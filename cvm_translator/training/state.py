@@ -30,6 +30,8 @@ class LoopState:
     best_checkpoint: str | None = None
     validations_since_best: int = 0
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    halted: str | None = None
+    """Why the loop ended before its last step, if it did."""
 
     def to_plain(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
