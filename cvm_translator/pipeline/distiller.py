@@ -7,6 +7,8 @@ intact is skipped, and the loops resume bit for bit from their newest valid chec
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
 import uuid
@@ -18,8 +20,8 @@ import yaml
 from cvm_translator.config import RunConfig, dump_config
 from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, RunFolderError, Stopped
 from cvm_translator.pipeline import delivery
-from cvm_translator.pipeline.context import RunContext
 from cvm_translator.pipeline.cards import describe_outcome
+from cvm_translator.pipeline.context import RunContext
 from cvm_translator.pipeline.journal import TensorBoardLog, TextLog, build_display
 from cvm_translator.pipeline.student import distil
 from cvm_translator.pipeline.teacher import obtain_teacher
@@ -33,8 +35,8 @@ from cvm_translator.training.signals import StopRequest
 
 STAGES = ("corpus", "tokenizer", "teacher", "distil", "quantise", "gate", "report")
 
-# Settings that may differ when a run folder is taken up again: they change no number.
-_FREE_SETTINGS = ("output_dir", "tensorboard")
+# Settings that may differ when a run folder is taken up again: they change no number, or (threads) are announced.
+_FREE_SETTINGS = ("output_dir", "tensorboard", "num_threads")
 
 
 class ModelDistiller:
@@ -65,8 +67,10 @@ class ModelDistiller:
                 context.events.write("stopped", signal=stopped.signal_number)
                 raise
             except Exception as error:
-                context.events.write("failed", message=f"{type(error).__name__}: {error}")
-                raise
+                told = _explain_full_disk(error, self.layout.root)
+                with contextlib.suppress(OSError):  # on a full disk the error itself is told, by the caller
+                    context.events.write("failed", message=f"{type(told).__name__}: {told}")
+                raise told from error
             finally:
                 self._close(context)
 
@@ -75,7 +79,8 @@ class ModelDistiller:
     def _open(self, stop: StopRequest) -> RunContext:
         self._claim_folder()
         device = build_device(self.config.device)
-        configure_threads(self.config.num_threads, device, deterministic=self.config.deterministic)
+        num_threads = self.config.num_threads or self._recorded_num_threads()
+        configure_threads(num_threads, device, deterministic=self.config.deterministic)
         run_id = self._write_environment(describe_environment(device))
         events = EventWriter(self.layout.events)
         self._listeners: list[Any] = [TextLog(self.layout.train_log)]
@@ -96,9 +101,12 @@ class ModelDistiller:
         return RunContext(self.config, self.layout, events, stop, device, self._show)
 
     def _claim_folder(self) -> None:
-        """Write the config into a new folder; refuse a folder that another config made."""
+        """Write the config into a new folder; refuse a folder in which another config has trained something.
+
+        Until then a config may be mended: a start that failed for a wrong setting leaves nothing that stands in the way.
+        """
         path = self.layout.config
-        if path.exists():
+        if path.exists() and self._has_trained():
             difference = _first_difference(yaml.safe_load(path.read_text(encoding="utf-8")), self.config.to_plain())
             if difference is not None:
                 raise RunFolderError(
@@ -107,6 +115,18 @@ class ModelDistiller:
                 )
         else:
             atomic.write_text(path, dump_config(self.config))
+
+    def _has_trained(self) -> bool:
+        layout = self.layout
+        return any(place.exists() for place in (layout.teacher, layout.checkpoints, layout.stages))
+
+    def _recorded_num_threads(self) -> int | None:
+        """The thread count with which this folder's run began: a resume with another would not be bit-exact."""
+        path = self.layout.environment
+        if not (path.exists() and self._has_trained()):
+            return None
+        num_threads: int = atomic.read_json(path)["numerics"]["num_threads"]
+        return num_threads
 
     def _write_environment(self, environment: dict[str, Any]) -> str:
         path = self.layout.environment
@@ -137,9 +157,20 @@ class ModelDistiller:
             listener.note(message)
 
     def _close(self, context: RunContext) -> None:
-        context.events.close()
+        with contextlib.suppress(OSError):  # every event was written when it mattered
+            context.events.close()
         for listener in self._listeners:
             listener.close()
+
+
+def _explain_full_disk(error: Exception, root: Path) -> Exception:
+    """The error as it is, or for a write that found no room the line that says what to do."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFolderError(
+            f"no room in {root} ({error.strerror}): free some space and run the same command again;"
+            " it goes on from the last checkpoint"
+        )
+    return error
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> str | None:

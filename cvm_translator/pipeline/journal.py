@@ -1,19 +1,23 @@
 """What a run tells while it goes: each listener is called with every event and turns it into its own form.
 
 The text log and TensorBoard are written by the trainer alone; the display is for whoever started it in the foreground.
-None of them may fail the run: they see plain data that has already been written.
+None of them may fail the run: where the disk is full, a line of theirs is lost and the run's own files tell the error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent
+from tensorboardX.summary import scalar
 
 Event = dict[str, Any]
 
@@ -66,12 +70,19 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class _QuietFileHandler(logging.FileHandler):
+    """Loses a line that cannot be written, instead of printing a traceback about it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class TextLog:
     """logs/train.log: a line for each event but the single steps, with the time in UTC."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        self._handler = _QuietFileHandler(path, encoding="utf-8", errors="backslashreplace")
         formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
         formatter.converter = time.gmtime
         self._handler.setFormatter(formatter)
@@ -95,14 +106,20 @@ class TextLog:
         self._logger.info(message)
 
     def close(self) -> None:
-        self._handler.close()
+        with contextlib.suppress(OSError):
+            self._handler.close()
 
 
 class TensorBoardLog:
-    """tensorboard/: the scalars of every 10th step and of each validation."""
+    """tensorboard/: the scalars of every 10th step and of each validation.
+
+    Written at once and in this thread: the usual SummaryWriter hands them to another, and once that has died of a full
+    disk it blocks its caller for ever.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._writer = SummaryWriter(str(directory), flush_secs=30)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
 
     def __call__(self, event: Event) -> None:
         kind, step, stage = event["kind"], event.get("step") or 0, event.get("stage")
@@ -110,18 +127,30 @@ class TensorBoardLog:
             for name in ("loss", "distillation_loss", "task_loss", "accuracy", "learning_rate", "grad_norm"):
                 value = event[name]
                 if isinstance(value, float) and math.isfinite(value):
-                    self._writer.add_scalar(f"{stage}/{name}", value, step)
+                    self._add(f"{stage}/{name}", value, step)
         elif kind == "validation":
             for name, value in event["scores"].items():
-                self._writer.add_scalar(f"{stage}_validation/{name}", value, step)
+                self._add(f"{stage}_validation/{name}", value, step)
             if event.get("quality_score") is not None:
-                self._writer.add_scalar(f"{stage}_validation/quality_score", event["quality_score"], step)
+                self._add(f"{stage}_validation/quality_score", event["quality_score"], step)
+        if kind in ("progress", "validation"):
+            with contextlib.suppress(OSError):
+                self._writer.flush()
+
+    def _add(self, tag: str, value: float, step: int) -> None:
+        with contextlib.suppress(OSError):
+            self._writer.write_event(TensorBoardEvent(wall_time=time.time(), step=step, summary=scalar(tag, value)))
 
     def note(self, message: str) -> None:
         pass
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+
+# Checkpoints are many; the end of a run is told by the command that ran it, in its own last line.
+_TOLD_ELSEWHERE = ("checkpoint", "failed", "stopped")
 
 
 class PlainDisplay:
@@ -136,7 +165,7 @@ class PlainDisplay:
             self._last_loss = event["loss"]
             return
         line = describe_event(event)
-        if line is None or event["kind"] == "checkpoint":
+        if line is None or event["kind"] in _TOLD_ELSEWHERE:
             return
         if event["kind"] == "progress":
             if time.monotonic() - self._last_progress < 15.0:
@@ -192,7 +221,7 @@ class LiveDisplay:
             self._progress.remove_task(self._task)
             self._task = None
         line = describe_event(event)
-        if line is not None and kind != "checkpoint":
+        if line is not None and kind not in _TOLD_ELSEWHERE:
             self._console.print(line, markup=False, highlight=False, style=_STYLES.get(kind))
 
     def _show(self, event: Event) -> None:

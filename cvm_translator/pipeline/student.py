@@ -106,6 +106,7 @@ def _run_loop(
             judge=build_judge(context, "distil", validator, corpus, tokenizer, config.student.model, quantization),
             stop=context.stop,
             device=context.device,
+            num_threads=context.config.num_threads,
             validate_every_steps=config.validation.every_steps,
             quantize_from_step=first_quantized_step(config),
             faults=list(config.fault_injection),

@@ -133,6 +133,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, QuantizationType.NONE),
             stop=context.stop,
             device=context.device,
+            num_threads=context.config.num_threads,
             validate_every_steps=config.training.validate_every_steps,
         )
     )

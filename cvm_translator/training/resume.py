@@ -53,7 +53,10 @@ def restore(
     average: MovingAverage | None,
     spikes: SpikeWindow,
 ) -> tuple[LoopState, list[str]]:
-    """Put every piece back; returns the loop's state and what differs from the machine that saved it."""
+    """Put every piece back, the thread count too unless the config sets one.
+
+    Returns the loop's state and what differs from the machine that saved it.
+    """
     plain = checkpoint.plain
     setup.model.load_state_dict(checkpoint.tensors["model"])
     optimizer.load_state_dict(checkpoint.torch_states["optimizer"])
@@ -64,8 +67,10 @@ def restore(
     setup.judge.load_state_dict(plain["judge"])
     spikes.load_state_dict(plain["spikes"])
     restore_random_state(checkpoint.torch_states["random"])
-    now = describe_numerics(setup.device)
     old = plain["numerics"]
+    if setup.num_threads is None:
+        torch.set_num_threads(old["num_threads"])
+    now = describe_numerics(setup.device)
     return state, [f"{key}: was {old[key]}, is {now.get(key)}" for key in old if old[key] != now.get(key)]
 
 

@@ -39,6 +39,8 @@ class LoopSetup:
     quantize_from_step: int | None = None
     """First step that is fake-quantised; None: never."""
     faults: list[FaultInjection] | None = None
+    num_threads: int | None = None
+    """The thread count that the config asks for, if it asks for one."""
 
 
 @dataclass(frozen=True)
