@@ -92,7 +92,8 @@ def save_model(
     temporary = folder.parent / f"{TEMPORARY_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
-        safetensors.torch.save_file(tensors, temporary / WEIGHTS_FILE)
+        # Not save_file, whose error on a full disk is no OSError.
+        (temporary / WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors))
         shutil.copyfile(tokenizer.path, temporary / TOKENIZER_FILE)
         config = {
             "format": FORMAT,

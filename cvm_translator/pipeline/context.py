@@ -29,7 +29,6 @@ class RunContext:
     device: torch.device
     show: Callable[[str], None]
     """Shows a line of text in the log and to whoever watches."""
-    stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def warn(self, code: str, message: str) -> None:
         self.events.write("warning", code=code, message=message)
@@ -56,7 +55,6 @@ def stage(context: RunContext, name: str) -> Iterator[StageNote]:
     note = StageNote()
     yield note
     seconds = time.monotonic() - start
-    context.stage_seconds[name] = seconds
     context.events.write("stage_finished", stage=name, seconds=seconds, skipped=note.skipped, summary=note.summary)
 
 

@@ -31,6 +31,7 @@ from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
 from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
 from cvm_translator.runs import atomic
+from cvm_translator.runs.events import read_events, sum_stage_seconds
 from cvm_translator.validation import TranslationQualityEvaluator, ValidationConfig
 from cvm_translator.validation.judge import judge_models
 
@@ -188,7 +189,7 @@ def report(
 ) -> dict[str, Any]:
     """Write final_report.json, the student's metadata and model card, and have the report written from the folder."""
     layout, state = context.layout, outcome.loop.state
-    with stage(context, "report"):
+    with stage(context, "report") as note:
         final = {
             "run_id": atomic.read_json(layout.environment)["run_id"],
             "halted": outcome.loop.halted is not None,
@@ -200,13 +201,19 @@ def report(
             "best_step": state.best_step,
             "preflight": outcome.preflight,
             "corpus": {"sha256": corpus.sha256} | {name: len(pairs) for name, pairs in corpus.splits().items()},
-            "seconds": context.stage_seconds,
             **verdict,
         }
+        record = StageRecord(layout, "report", final)
+        written = record.load()
+        if written is not None:
+            note.skipped = True
+            return written
+        final["seconds"] = sum_stage_seconds(read_events(layout.events))
         atomic.write_json(layout.final_report, final)
         atomic.write_json(layout.student / "metadata.json", build_metadata(context.config, final, folders))
         atomic.write_text(layout.student / "README.md", build_model_card(context.config, final))
         _write_comparison_report(layout.root)
+        record.save(final, [layout.final_report, layout.student / "metadata.json", layout.student / "README.md"])
     return final
 
 

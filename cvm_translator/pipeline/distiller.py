@@ -12,6 +12,7 @@ import errno
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class ModelDistiller:
 
     def run_distillation(self) -> dict[str, Any]:
         """Run or carry on, to the final report (what `reports/final_report.json` holds, and the run's `exit_code`)."""
-        with RunLock(self.layout.lock), StopRequest() as stop:
+        with _explained_full_disk(self.layout.root), RunLock(self.layout.lock), StopRequest() as stop:
             context = self._open(stop)
             try:
                 corpus = build_corpus(context)
@@ -67,10 +68,9 @@ class ModelDistiller:
                 context.events.write("stopped", signal=stopped.signal_number)
                 raise
             except Exception as error:
-                told = _explain_full_disk(error, self.layout.root)
-                with contextlib.suppress(OSError):  # on a full disk the error itself is told, by the caller
-                    context.events.write("failed", message=f"{type(told).__name__}: {told}")
-                raise told from error
+                with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+                    context.events.write("failed", message=f"{type(error).__name__}: {error}")
+                raise
             finally:
                 self._close(context)
 
@@ -103,7 +103,7 @@ class ModelDistiller:
     def _claim_folder(self) -> None:
         """Write the config into a new folder; refuse a folder in which another config has trained something.
 
-        Until then a config may be mended: a start that failed for a wrong setting leaves nothing that stands in the way.
+        Until then a config may be mended: a start that failed for a wrong setting does not stand in the way.
         """
         path = self.layout.config
         if path.exists() and self._has_trained():
@@ -163,14 +163,18 @@ class ModelDistiller:
             listener.close()
 
 
-def _explain_full_disk(error: Exception, root: Path) -> Exception:
-    """The error as it is, or for a write that found no room the line that says what to do."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunFolderError(
+@contextlib.contextmanager
+def _explained_full_disk(root: Path) -> Iterator[None]:
+    """Turn a write that found no room into the line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFolderError(
             f"no room in {root} ({error.strerror}): free some space and run the same command again;"
             " it goes on from the last checkpoint"
-        )
-    return error
+        ) from error
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> str | None:

@@ -2,8 +2,8 @@
 
 Guarantees: every event carries `schema_version`, `time` (UTC, ISO 8601), `kind`, `step` and `attempt`. Numbers are
 written with all their digits, so the losses of a replayed step can be compared bit for bit; a number that JSON cannot
-hold (NaN, infinity) is written as a string. A line torn by a crash is closed off by the next writer, and readers pass
-over it.
+hold (NaN, infinity) is written as a string. A line torn by a crash or a full disk is closed off by the next write, and
+readers pass over it.
 
 Per-step `train` events are buffered and written together with the next other event or at `flush`.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -54,12 +54,11 @@ class EventWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = open(path, "ab")  # noqa: SIM115 (lives as long as the writer)
+        self._stream = open(path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the writer)
+        self._is_torn = self._stream.tell() > 0 and not _ends_with_newline(path)
         self._buffer: list[bytes] = []
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with each event as it is made: the log, the progress display and TensorBoard hang on here."""
-        if self._stream.tell() and not _ends_with_newline(path):
-            self._stream.write(b"\n")
 
     def write(self, kind: str, *, step: int | None = None, attempt: int = 1, **fields: Any) -> None:
         """Append one event and everything buffered before it."""
@@ -78,17 +77,29 @@ class EventWriter:
             listener(event)
 
     def flush(self, *, sync: bool = False) -> None:
-        """Hand buffered events to the operating system; with `sync`, to the disk."""
-        if self._buffer:
-            self._stream.write(b"".join(self._buffer))
-            self._buffer.clear()
-        self._stream.flush()
+        """Hand buffered events to the operating system; with `sync`, to the disk.
+
+        Raises OSError where there is no room; the events that did not fit are then given up.
+        """
+        data = b"".join(self._buffer)
+        self._buffer.clear()
+        if data:
+            self._append(data)
         if sync:
             os.fsync(self._stream.fileno())
 
+    def _append(self, data: bytes) -> None:
+        rest = memoryview(b"\n" + data if self._is_torn else data)
+        self._is_torn = True
+        while rest:
+            rest = rest[self._stream.write(rest) :]
+        self._is_torn = False
+
     def close(self) -> None:
-        self.flush(sync=True)
-        self._stream.close()
+        try:
+            self.flush(sync=True)
+        finally:
+            self._stream.close()
 
     def __enter__(self) -> EventWriter:
         return self
@@ -120,6 +131,31 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         for line in stream:
             if line.endswith(b"\n") and (event := parse_event(line)) is not None:
                 yield event
+
+
+def sum_stage_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of work in each stage, over all starts of the run.
+
+    A start that ended within a stage counts up to its last event; a stage that was found complete counts nothing.
+    """
+    seconds: dict[str, float] = {}
+    open_stage: str | None = None
+    began = last = datetime.now(UTC)
+
+    def close(worked: float) -> None:
+        if open_stage is not None:
+            seconds[open_stage] = seconds.get(open_stage, 0.0) + worked
+
+    for event in events:
+        if event["kind"] in ("run_started", "stage_started"):
+            close(max(0.0, (last - began).total_seconds()))
+            open_stage = event.get("stage")
+            began = datetime.fromisoformat(event["time"])
+        elif event["kind"] == "stage_finished":
+            close(0.0 if event["skipped"] else event["seconds"])
+            open_stage = None
+        last = datetime.fromisoformat(event["time"])
+    return seconds
 
 
 class EventTail:
