@@ -29,6 +29,9 @@ DEFAULT_RUN_DIR = Path("distillation_output")
 CHUNK_BYTES = 1 << 16
 """At most so much text is translated together."""
 
+MAX_LINE_BYTES = 100_000
+"""A longer line is no sentence: translated in pieces, it would hold up all others for minutes."""
+
 Options = argparse.Namespace
 
 
@@ -196,7 +199,8 @@ def translate_stream(lines: BinaryIO, output: BinaryIO, translate: Callable[[lis
     """Translate UTF-8 lines in order, one line out for each line in; empty lines stay empty.
 
     What has arrived is translated together and written at once, so a slow or interactive writer need not close its end.
-    A line that is not UTF-8 raises CvmError with its number, after everything before it was written.
+    A line that is not UTF-8 or over MAX_LINE_BYTES raises CvmError with its number, after everything before it was
+    written; the rest of a long one is not read.
     """
     read = getattr(lines, "read1", lines.read)
     num_lines, rest, at_end = 0, b"", False
@@ -204,16 +208,16 @@ def translate_stream(lines: BinaryIO, output: BinaryIO, translate: Callable[[lis
         data = read(CHUNK_BYTES)
         at_end = not data
         *whole, rest = (rest + data).split(b"\n")
-        if at_end and rest:
+        if rest and (at_end or len(rest) > MAX_LINE_BYTES):
             whole.append(rest)
         texts: list[str] = []
         problem = None
         for line in whole:
             num_lines += 1
             try:
-                texts.append(line.decode("utf-8-sig" if num_lines == 1 else "utf-8").rstrip("\r"))
-            except UnicodeDecodeError as error:
-                problem = CvmError(f"{name}, line {num_lines}: not valid UTF-8 ({error.reason}); convert it to UTF-8")
+                texts.append(_decode_line(line, is_first=num_lines == 1))
+            except ValueError as error:
+                problem = CvmError(f"{name}, line {num_lines}: {error}")
                 break
         translations = translate(texts) if texts else []
         assert len(translations) == len(texts)
@@ -221,6 +225,16 @@ def translate_stream(lines: BinaryIO, output: BinaryIO, translate: Callable[[lis
         output.flush()
         if problem is not None:
             raise problem
+
+
+def _decode_line(line: bytes, *, is_first: bool) -> str:
+    """The text of a line without its end and, at the beginning of a file, its byte order mark; or why it has none."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"over {MAX_LINE_BYTES:,} bytes; put each sentence on a line of its own")
+    try:
+        return line.decode("utf-8-sig" if is_first else "utf-8").rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 ({error.reason}); convert it to UTF-8") from None
 
 
 def _quantize(options: Options) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cvm_translator.cli import main, translate_stream
+from cvm_translator.cli import MAX_LINE_BYTES, main, translate_stream
 from cvm_translator.errors import CvmError
 from cvm_translator.runs.lock import RunLock
 
@@ -22,39 +22,20 @@ def run(*arguments: str | Path, data: bytes = b"") -> subprocess.CompletedProces
     return subprocess.run([*PROGRAM, *map(str, arguments)], input=data, capture_output=True)
 
 
-def train_sentencepiece(path: Path) -> None:
-    """A small real SentencePiece model with the product's ids."""
-    import sentencepiece
-
-    words = ["Datei", "nicht", "gefunden", "Öffnen", "Speichern", "file", "not", "found", "open", "save"]
-    sentences = [" ".join(words[(i * j) % len(words)] for j in range(1, 6)) for i in range(200)]
-    with open(path, "wb") as stream:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=stream,
-            vocab_size=300,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            bos_id=0,
-            pad_id=1,
-            eos_id=2,
-            unk_id=3,
-            minloglevel=2,
-        )
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real, tiny, untrained model: what it says is nonsense, that it says a line for each line is not."""
     import torch
 
-    from cvm_translator.config.schema import ModelConfig
-    from cvm_translator.corpus.tokenizer import Tokenizer
+    from cvm_translator.config.schema import ModelConfig, TokenizerConfig
+    from cvm_translator.corpus.records import Pair
+    from cvm_translator.corpus.tokenizer import Tokenizer, train_sentencepiece
     from cvm_translator.models.folder import save_model
     from cvm_translator.models.transformer import CvmTransformer
 
     folder = tmp_path_factory.mktemp("model")
-    train_sentencepiece(folder / "sentencepiece.model")
+    pairs = [Pair(source, target, "") for source, target in make_sentences()]
+    (folder / "sentencepiece.model").write_bytes(train_sentencepiece(pairs, TokenizerConfig(vocab_size=340)))
     tokenizer = Tokenizer.load(folder / "sentencepiece.model")
     torch.manual_seed(1)
     model = CvmTransformer(
@@ -170,9 +151,13 @@ PREDICATES = {
 }
 
 
+def make_sentences() -> list[tuple[str, str]]:
+    return [(f"{a} {c}.", f"{b} {d}.") for a, b in SUBJECTS.items() for c, d in PREDICATES.items()]
+
+
 def write_corpus_config(directory: Path) -> Path:
-    pairs = [f"{a} {c}.\t{b} {d}.\n" for a, b in SUBJECTS.items() for c, d in PREDICATES.items()]
-    (directory / "train.tsv").write_text("".join([*pairs, pairs[0]]), encoding="utf-8")
+    lines = [f"{source}\t{target}\n" for source, target in make_sentences()]
+    (directory / "train.tsv").write_text("".join([*lines, lines[0]]), encoding="utf-8")
     config = directory / "config.yaml"
     config.write_text("corpus: {train: [{format: tsv, path: train.tsv}], validation_size: 2, test_size: 2}\n")
     return config
@@ -222,7 +207,7 @@ def translated(data: bytes) -> bytes:
         (b"\xef\xbb\xbfa\n", b"A\n"),
         ("ä\u2028ö\x0bü\n".encode(), "Ä Ö Ü\n".encode()),
         (b"x\n" * 100_000, b"X\n" * 100_000),
-        (b"y" * 200_000 + b"\nz\n", b"Y" * 200_000 + b"\nZ\n"),
+        (b"y" * MAX_LINE_BYTES + b"\nz", b"Y" * MAX_LINE_BYTES + b"\nZ\n"),
     ],
 )
 def test_a_line_out_for_a_line_in(data: bytes, expected: bytes) -> None:
@@ -234,6 +219,15 @@ def test_a_line_that_is_not_utf8_is_named_after_those_before_it() -> None:
     with pytest.raises(CvmError, match=r"names\.txt, line 3: not valid UTF-8"):
         translate_stream(io.BytesIO(b"a\nb\n\xff\nc\n"), output, upper, "names.txt")
     assert output.getvalue() == b"A\nB\n"
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\nlast\n"])
+def test_a_line_that_is_far_too_long_is_named_and_not_read_to_its_end(end: bytes) -> None:
+    output, lines = io.BytesIO(), io.BytesIO(b"a\n" + b"y" * 10_000_000 + end)
+    with pytest.raises(CvmError, match=r"names\.txt, line 2: over 100,000 bytes; put each sentence on a line"):
+        translate_stream(lines, output, upper, "names.txt")
+    assert output.getvalue() == b"A\n"
+    assert lines.tell() < 3 * MAX_LINE_BYTES
 
 
 def test_lines_are_translated_as_they_arrive() -> None:
@@ -254,14 +248,24 @@ def test_lines_are_translated_as_they_arrive() -> None:
     assert output.getvalue() == b"ONE\nTWO\n"
 
 
-def test_translate_keeps_its_lines(model_folder: Path, tmp_path: Path) -> None:
-    text = "Datei nicht gefunden.\n\nÖffnen\n".encode()
-    done = run("translate", "--model", model_folder, data=text)
+def test_translate_keeps_its_lines(model_folder: Path) -> None:
+    done = run("translate", "--model", model_folder, data="Datei nicht gefunden.\n\nÖffnen\n".encode())
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.count(b"\n") == 3
     assert done.stdout.split(b"\n")[1] == b""
-    (tmp_path / "in.txt").write_bytes(text)
-    assert run("translate", "--model", model_folder / "float", "--input", tmp_path / "in.txt").stdout == done.stdout
+
+
+def test_translate_a_file_with_beams(
+    model_folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    command = ["translate", "--model", str(model_folder), "--beam-size", "4", "--input"]
+    assert main([*command, str(tmp_path / "missing.txt")]) == 1
+    assert capfdbinary.readouterr().err == f"error: {tmp_path / 'missing.txt'}: No such file or directory\n".encode()
+    (tmp_path / "in.txt").write_bytes(b"eins\r\n\r\n\xff")
+    assert main([*command, str(tmp_path / "in.txt")]) == 1
+    out, error = capfdbinary.readouterr()
+    assert out.count(b"\n") == 2 and out.endswith(b"\n\n")
+    assert error.startswith(f"error: {tmp_path / 'in.txt'}, line 3: not valid UTF-8".encode())
 
 
 def test_quantize_and_export(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,10 +275,12 @@ def test_quantize_and_export(model_folder: Path, tmp_path: Path, capsys: pytest.
     assert main(["quantize", "--model", str(int8), "--output", str(tmp_path / "again")]) == 1
     assert main(["export", "--model", str(int8), "--format", "safetensors", "--output", str(tmp_path / "copy")]) == 0
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (int8 / "model.safetensors").read_bytes()
-    assert main(["export", "--model", source, "--format", "safetensors", "--output", str(int8)]) == 1
+    for command in (["quantize"], ["export", "--format", "safetensors"]):
+        assert main([*command, "--model", source, "--output", str(int8)]) == 1
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (int8 / "model.safetensors").read_bytes()
     assert capsys.readouterr().err.splitlines() == [
         f"error: {int8} is int8 already: name a float32 model folder",
-        f"error: {int8} exists already: remove it or choose another folder",
+        *[f"error: {int8} exists already: remove it or choose another folder"] * 2,
     ]
 
 
