@@ -111,36 +111,30 @@ def probe_length_ratio(
     return outside & ~probe_empty(sources, hypotheses, references, language)
 
 
-def _lost_or_invented(source: list[str], hypothesis: list[str], reference: list[str]) -> bool:
-    """Lost: in source and reference but not here. Invented: here, but more often than in source or reference."""
-    in_source, here, in_reference = Counter(source), Counter(hypothesis), Counter(reference)
-    return bool((in_source & in_reference) - here) or bool(here - (in_source | in_reference))
+def _lost_or_invented(find: Callable[[str], list[str]], *texts: Sequence[str]) -> BoolArray:
+    """By sentence of sources, hypotheses and references, for what `find` finds in each of the three.
+
+    Lost: in source and reference but not in the hypothesis. Invented: there more often than in source or reference.
+    """
+    verdicts = []
+    for source, hypothesis, reference in zip(*texts, strict=True):
+        in_source, here, in_reference = (Counter(find(text)) for text in (source, hypothesis, reference))
+        verdicts.append(bool((in_source & in_reference) - here) or bool(here - (in_source | in_reference)))
+    return np.array(verdicts, dtype=np.bool_)
 
 
 def probe_numbers(
     sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], language: str
 ) -> BoolArray:
     """A number was lost or invented."""
-    return np.array(
-        [
-            _lost_or_invented(find_numbers(source), find_numbers(hypothesis), find_numbers(reference))
-            for source, hypothesis, reference in zip(sources, hypotheses, references, strict=True)
-        ],
-        dtype=np.bool_,
-    )
+    return _lost_or_invented(find_numbers, sources, hypotheses, references)
 
 
 def probe_placeholders(
     sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], language: str
 ) -> BoolArray:
     """A format placeholder was lost or invented: the program that shows this sentence would fail."""
-    return np.array(
-        [
-            _lost_or_invented(find_placeholders(source), find_placeholders(hypothesis), find_placeholders(reference))
-            for source, hypothesis, reference in zip(sources, hypotheses, references, strict=True)
-        ],
-        dtype=np.bool_,
-    )
+    return _lost_or_invented(find_placeholders, sources, hypotheses, references)
 
 
 @lru_cache(maxsize=1)
