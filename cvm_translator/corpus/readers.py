@@ -159,15 +159,14 @@ def read_plain(source: PlainSource, context: ReaderContext) -> Iterator[Record]:
 def read_huggingface(source: HuggingFaceSource, context: ReaderContext) -> Iterator[Record]:
     """Rows of a Hugging Face data set; a path that exists beside the config is taken as local."""
     datasets = import_optional("datasets", "huggingface")
+    datasets.disable_progress_bars()
     source_key = source.source_key or f"translation.{context.source_language}"
     target_key = source.target_key or f"translation.{context.target_language}"
     local = context.base_dir / source.path
     path = str(local) if local.exists() else source.path
     try:
-        if (local / "dataset_dict.json").exists():
-            rows = datasets.load_from_disk(path)[source.split]
-        elif (local / "state.json").exists():
-            rows = datasets.load_from_disk(path)
+        if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+            rows = _choose_split(datasets.load_from_disk(path), source.split)
         elif local.is_file():
             kind = local.suffix.lstrip(".").replace("jsonl", "json")
             rows = datasets.load_dataset(kind, data_files=path, split=source.split)
@@ -185,6 +184,14 @@ def read_huggingface(source: HuggingFaceSource, context: ReaderContext) -> Itera
             yield make_pair(look_up(row, source_key), look_up(row, target_key), origin)
         except KeyError as error:
             yield BadRow(origin, "missing_key", make_excerpt(f"{error} not in {sorted(row)}"))
+
+
+def _choose_split(saved: Any, split: str) -> Any:
+    """The rows of a split of what `save_to_disk` wrote: a dictionary of splits, or one, which may not know its name."""
+    known = sorted(saved) if isinstance(saved, dict) else [str(saved.split or split)]
+    if split not in known:
+        raise ValueError(f"it has no such split, but {', '.join(known)}")
+    return saved[split] if isinstance(saved, dict) else saved
 
 
 def read_gettext_source(source: GettextSource, context: ReaderContext) -> Iterator[Record]:

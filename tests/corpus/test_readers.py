@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import tracemalloc
-import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -149,31 +149,80 @@ def test_a_folder_is_no_file(tmp_path: Path, make_context: MakeContext) -> None:
         list(read_source(TsvSource(format="tsv", path=Path("t.tsv")), make_context()))
 
 
-def fake_datasets(rows: list[dict[str, object]]) -> types.ModuleType:
-    """The two functions of the library that the reader calls."""
-    module = types.ModuleType("datasets")
-
-    def load_dataset(path: str, name: str | None = None, *, split: str, **_: object) -> list[dict[str, object]]:
-        if path == "unknown":
-            raise FileNotFoundError("no dataset unknown on the hub\nlong explanation")
-        return rows
-
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
-    return module
+ROWS = [
+    {"translation": {"de": "eins", "en": "one"}},
+    {"translation": {"de": "zwei", "en": None}},
+    {"translation": {"de": "drei", "en": "three"}},
+]
 
 
-def test_huggingface_rows(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[dict[str, object]] = [
-        {"translation": {"de": "eins", "en": "one"}},
-        {"text": "zwei"},
-        {"translation": {"de": None, "en": "three"}},
-    ]
-    monkeypatch.setitem(sys.modules, "datasets", fake_datasets(rows))
-    records = list(read_source(HuggingFaceSource(format="huggingface", path="some/pairs"), make_context()))
-    assert records[0] == Pair("eins", "one", "some/pairs:train:0")
-    assert [record.reason for record in records[1:] if isinstance(record, BadRow)] == ["missing_key", "not_text"]
-    with pytest.raises(CorpusError, match=r"Hugging Face dataset unknown .* no dataset unknown on the hub; check"):
-        list(read_source(HuggingFaceSource(format="huggingface", path="unknown"), make_context()))
+@pytest.fixture
+def read_dataset(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Reads with the real library; what it caches of files lies in the test's folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+    def read(path: str, **keys: str) -> list[Record]:
+        return list(read_source(HuggingFaceSource(format="huggingface", path=path, **keys), make_context()))
+
+    return read
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_huggingface_datasets_of_every_form(tmp_path: Path, read_dataset: Callable[..., Any]) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": data.select([1]), "test": data}).save_to_disk(tmp_path / "splits")
+    write_rows(tmp_path / "folder" / "test.jsonl", ROWS)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "tables").mkdir()
+    data.to_parquet(tmp_path / "tables" / "test.parquet")
+    for path, split in {
+        "saved": "train",
+        "splits": "test",
+        "folder": "test",
+        "rows.jsonl": "train",
+        "tables": "test",
+    }.items():
+        assert read_dataset(path, split=split) == [
+            Pair("eins", "one", f"{path}:{split}:0"),
+            BadRow(f"{path}:{split}:1", "not_text", "'zwei' / None"),
+            Pair("drei", "three", f"{path}:{split}:2"),
+        ]
+
+
+def test_huggingface_keys(tmp_path: Path, read_dataset: Callable[..., Any]) -> None:
+    write_rows(tmp_path / "flat.jsonl", [{"q": "eins", "a": "one"}])
+    assert read_dataset("flat.jsonl", source_key="q", target_key="a") == [Pair("eins", "one", "flat.jsonl:train:0")]
+    (row,) = read_dataset("flat.jsonl", source_key="q")
+    assert row == BadRow("flat.jsonl:train:0", "missing_key", "'translation.en' not in ['a', 'q']")
+
+
+def test_huggingface_datasets_that_cannot_be_loaded(tmp_path: Path, read_dataset: Callable[..., Any]) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS, split="train")
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
+    write_rows(tmp_path / "folder" / "train.jsonl", ROWS)
+    (tmp_path / "empty").mkdir()
+    for path, reason in {
+        "saved": "it has no such split, but train",
+        "splits": "it has no such split, but test, train",
+        "folder": "Unknown split",
+        "empty": "doesn't contain any data files",
+        "somebody/pairs": "Couldn't reach",
+    }.items():
+        with pytest.raises(CorpusError, match=f"Hugging Face dataset {path} .* split dev.*{reason}") as caught:
+            read_dataset(path, split="dev")
+        assert str(caught.value).endswith("; check path, name and split, or the network")
+        assert "\n" not in str(caught.value)
 
 
 def test_huggingface_without_the_library(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
