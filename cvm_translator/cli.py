@@ -290,7 +290,7 @@ def _corpus_build(options: Options) -> int:
     tables = {"pairs": summary.sizes, "dropped by": summary.filters, "quarantined for": summary.quarantine}
     for title, counts in tables.items():
         if counts:
-            print(title, *(f"  {name:<24}{count:>9}" for name, count in counts.items()), sep="\n")
+            print(title, *(f"  {name:<32}{count:>9,}" for name, count in counts.items()), sep="\n")
     return EXIT_OK
 
 
