@@ -1,0 +1,154 @@
+"""A tiny model, data of unequal lengths, and a whole loop whose judge says what a test wants to hear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cvm_translator.checkpoints.store import CheckpointStore
+from cvm_translator.config.schema import FaultInjection, GuardConfig, ModelConfig, TrainingConfig
+from cvm_translator.corpus.batches import BatchSchedule
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.losses.distillation import DistillationLoss
+from cvm_translator.models.initialization import init_random
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs.events import EventWriter, read_events
+from cvm_translator.training.guard import Judgement
+from cvm_translator.training.loop import TrainingLoop
+from cvm_translator.training.objectives import DistillationObjective
+from cvm_translator.training.setup import LoopOutcome, LoopSetup
+from cvm_translator.training.signals import StopRequest
+from cvm_translator.training.state import LoopState, seed_everything
+
+VOCAB = 24
+STUDENT = ModelConfig(
+    dim=16, num_heads=2, feed_forward_dim=24, encoder_layers=1, decoder_layers=1, dropout=0.1, max_length=16
+)
+TEACHER = ModelConfig(
+    dim=24, num_heads=2, feed_forward_dim=32, encoder_layers=1, decoder_layers=1, dropout=0.0, max_length=16
+)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., CvmTransformer]:
+    def make(config: ModelConfig = STUDENT, seed: int = 0) -> CvmTransformer:
+        model = CvmTransformer(config, VOCAB)
+        init_random(model, seed)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def teacher(make_model: Callable[..., CvmTransformer]) -> CvmTransformer:
+    return make_model(TEACHER, 1)
+
+
+@pytest.fixture
+def dataset() -> DistillationDataset:
+    """90 pairs whose target is the reversed source, of 1 to 12 tokens."""
+    generator = np.random.default_rng(3)
+    sources = [generator.integers(4, VOCAB, generator.integers(1, 13)).tolist() for _ in range(90)]
+    return DistillationDataset(sources, [source[::-1] for source in sources])
+
+
+@dataclass
+class ScriptedJudge:
+    """Stands in for the validation of real output: gives the verdicts of a script, by attempt and step.
+
+    Stateful like the real one; a step that the script does not name is an improvement.
+    """
+
+    script: dict[tuple[int, int], str]
+    judged: list[list[int]] = field(default_factory=list)
+    seen_weights: list[torch.Tensor] = field(default_factory=list)
+
+    def judge(self, state: LoopState, model: CvmTransformer) -> Judgement:
+        assert not model.training
+        self.judged.append([state.attempt, state.step])
+        self.seen_weights.append(next(model.parameters()).detach().clone())
+        verdict = self.script.get((state.attempt, state.step), "improved")
+        is_degraded = verdict in ("degraded", "emergency")
+        return Judgement(verdict, verdict in ("first", "improved"), is_degraded, f"it is {verdict}", {"drop": 0.1})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"judged": self.judged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.judged = [list(pair) for pair in state["judged"]]
+
+
+@dataclass
+class LoopBench:
+    """Builds the same loop again and again on one folder, as restarts of a process would."""
+
+    folder: Path
+    dataset: DistillationDataset
+    make_model: Callable[..., CvmTransformer]
+    reports: list[str] = field(default_factory=list)
+
+    def build(
+        self,
+        script: dict[tuple[int, int], str] | None = None,
+        *,
+        guard: dict[str, Any] | None = None,
+        faults: list[dict[str, Any]] | None = None,
+        folder: str = "run",
+        stop: StopRequest | None = None,
+        **settings: Any,
+    ) -> TrainingLoop:
+        plain = {"num_iterations": 20, "batch_size": 8, "warmup_steps": 2, "learning_rate": 5e-3}
+        plain |= {"precision": "float32", "checkpoint_every_steps": 3}
+        training = TrainingConfig(**(plain | settings))
+        student, teacher = self.make_model(STUDENT, 0), self.make_model(TEACHER, 1)
+        seed_everything(7)
+        root = self.folder / folder
+        return TrainingLoop(
+            LoopSetup(
+                stage="distil",
+                settings=training,
+                guard=GuardConfig(**(guard or {})),
+                model=student,
+                objective=DistillationObjective(student, DistillationLoss(2.0, 0.7, 0.3), teacher),
+                dataset=self.dataset,
+                batches=BatchSchedule(self.dataset.lengths, training.batch_size, seed=5),
+                store=CheckpointStore(root / "checkpoints", report=self.reports.append),
+                events=EventWriter(root / "events.jsonl"),
+                judge=ScriptedJudge(script or {}),
+                stop=stop or StopRequest(),
+                device=torch.device("cpu"),
+                validate_every_steps=5,
+                quantize_from_step=11,
+                faults=[FaultInjection(**fault) for fault in faults or []],
+                num_threads=1,
+            )
+        )
+
+    def run(self, *arguments: Any, **options: Any) -> LoopOutcome:
+        loop = self.build(*arguments, **options)
+        try:
+            return loop.run()
+        finally:
+            loop.setup.events.close()
+
+    def events(self, *kinds: str, folder: str = "run") -> list[dict[str, Any]]:
+        return [e for e in read_events(self.folder / folder / "events.jsonl") if e["kind"] in kinds]
+
+    def losses(self, folder: str = "run") -> dict[tuple[int, int], set[float]]:
+        """Every loss that the events tell, by (attempt, executed step)."""
+        losses: dict[tuple[int, int], set[float]] = {}
+        for event in self.events("train", folder=folder):
+            losses.setdefault((event["attempt"], event["executed_step"]), set()).add(event["loss"])
+        return losses
+
+
+@pytest.fixture
+def bench(tmp_path: Path, dataset: DistillationDataset, make_model: Callable[..., CvmTransformer]) -> LoopBench:
+    torch.set_num_threads(1)
+    return LoopBench(tmp_path, dataset, make_model)
