@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class LoopBench:
     dataset: DistillationDataset
     make_model: Callable[..., CvmTransformer]
     reports: list[str] = field(default_factory=list)
+    loops: list[TrainingLoop] = field(default_factory=list)
 
     def build(
         self,
@@ -109,7 +110,7 @@ class LoopBench:
         student, teacher = self.make_model(STUDENT, 0), self.make_model(TEACHER, 1)
         seed_everything(7)
         root = self.folder / folder
-        return TrainingLoop(
+        loop = TrainingLoop(
             LoopSetup(
                 stage="distil",
                 settings=training,
@@ -129,13 +130,14 @@ class LoopBench:
                 num_threads=1,
             )
         )
+        self.loops.append(loop)
+        return loop
 
     def run(self, *arguments: Any, **options: Any) -> LoopOutcome:
         loop = self.build(*arguments, **options)
-        try:
-            return loop.run()
-        finally:
-            loop.setup.events.close()
+        outcome = loop.run()
+        loop.setup.events.flush()
+        return outcome
 
     def events(self, *kinds: str, folder: str = "run") -> list[dict[str, Any]]:
         return [e for e in read_events(self.folder / folder / "events.jsonl") if e["kind"] in kinds]
@@ -149,6 +151,11 @@ class LoopBench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, dataset: DistillationDataset, make_model: Callable[..., CvmTransformer]) -> LoopBench:
+def bench(
+    tmp_path: Path, dataset: DistillationDataset, make_model: Callable[..., CvmTransformer]
+) -> Iterator[LoopBench]:
     torch.set_num_threads(1)
-    return LoopBench(tmp_path, dataset, make_model)
+    built = LoopBench(tmp_path, dataset, make_model)
+    yield built
+    for loop in built.loops:
+        loop.setup.events.close()

@@ -141,7 +141,7 @@ def test_crashes_everywhere_change_no_bit(options: dict[str, Any], bench: Any, m
             except Crash:
                 loop.setup.events._buffer.clear()  # a killed process takes them with it
             finally:
-                loop.setup.events.close()
+                loop.setup.events.flush()
     assert starts > 4
     losses = bench.losses()
     assert all(len(values) == 1 for values in losses.values())
@@ -178,7 +178,7 @@ def test_another_thread_count_is_announced(bench: Any) -> None:
         loop.run()
     finally:
         torch.set_num_threads(1)
-        loop.setup.events.close()
+        loop.setup.events.flush()
     (event,) = bench.events("resumed")
     assert (event["exact"], event["differences"]) == (False, ["num_threads: was 1, is 2"])
 
@@ -199,7 +199,7 @@ def test_a_stop_request_saves_at_the_steps_end(at_step: int, bench: Any) -> None
     loop._step = step
     with pytest.raises(Stopped) as stopped:
         loop.run()
-    loop.setup.events.close()
+    loop.setup.events.flush()
     assert stopped.value.exit_code == 143
     saved = [event["step"] for event in bench.events("checkpoint")]
     assert saved[-1] == at_step
@@ -370,7 +370,7 @@ def test_a_damaged_best_gives_way_to_the_best_before_it(bench: Any, monkeypatch:
     monkeypatch.setattr(loop.setup.judge, "judge", judge)
     loop.setup.store.protect("checkpoint_5")
     outcome = loop.run()
-    loop.setup.events.close()
+    loop.setup.events.flush()
     (rollback,) = bench.events("rollback")
     assert rollback["to_step"] == 5
     assert outcome.state.rollbacks[0]["to_step"] == 5
@@ -394,7 +394,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(bench: Any) -> None:
         loop = bench.build()
         loop._validate = lambda: (_ for _ in ()).throw(Crash)
         loop.run()
-    loop.setup.events.close()
+    loop.setup.events.flush()
     flip_a_bit(bench.folder / "run/checkpoints/checkpoint_3")
     outcome = bench.run()
     assert [event["step"] for event in bench.events("resumed")] == [0]
@@ -417,7 +417,7 @@ def test_a_full_disk_during_a_save_leaves_the_older_checkpoints(bench: Any, monk
     monkeypatch.setattr(loop.setup.store, "save", save)
     with pytest.raises(DiskFullError):
         loop.run()
-    loop.setup.events.close()
+    loop.setup.events.flush()
     outcome = bench.run()
     assert [event["step"] for event in bench.events("resumed")] == [3]
     assert bench.losses() == bench.losses("whole")

@@ -1,0 +1,150 @@
+"""The teacher's stored states against the teacher itself: order, loss, accumulation, identity of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cvm_translator.config.schema import ModelConfig
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.errors import Stopped
+from cvm_translator.losses.distillation import DistillationLoss
+from cvm_translator.models.initialization import init_random
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, obtain_states
+from cvm_translator.training.objectives import DistillationObjective, find_real_targets
+
+VOCAB = 40
+INDICES = np.array([150, 3, 77, 8, 9, 160, 21, 0, 55])
+
+
+def make_model(dim: int, seed: int) -> CvmTransformer:
+    config = ModelConfig(
+        dim=dim, num_heads=2, feed_forward_dim=48, encoder_layers=1, decoder_layers=1, dropout=0.0, max_length=32
+    )
+    model = CvmTransformer(config, VOCAB)
+    init_random(model, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)  # far from uniform, so that an error in the states would show in the loss
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher() -> CvmTransformer:
+    torch.set_num_threads(1)
+    return make_model(32, 1)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> DistillationDataset:
+    generator = np.random.default_rng(0)
+
+    def draw() -> list[int]:
+        return generator.integers(4, VOCAB, generator.integers(1, 20)).tolist()
+
+    return DistillationDataset([draw() for _ in range(170)], [draw() for _ in range(170)])
+
+
+def never() -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def states(
+    teacher: CvmTransformer, dataset: DistillationDataset, tmp_path_factory: pytest.TempPathFactory
+) -> TeacherStates:
+    return obtain_states(teacher, "ab" * 32, dataset, tmp_path_factory.mktemp("states"), never)[0]
+
+
+def test_states_are_the_teachers_in_the_order_of_the_flattened_batch(
+    teacher: CvmTransformer, dataset: DistillationDataset, states: TeacherStates
+) -> None:
+    batch = dataset.batch(INDICES)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, _ = teacher(batch.src, batch.src_mask, batch.tgt_in)
+    expected = hidden.flatten(0, 1)[find_real_targets(batch)]
+    found = states.gather(INDICES)
+    assert (found.dtype, found.shape) == (torch.bfloat16, expected.shape)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.03)
+    for row, index in enumerate(INDICES):  # a single pair, wherever it stands, has its own states
+        length = int(dataset.lengths[index, 1]) + 1
+        alone = states.gather(np.array([index]))
+        begin = sum(int(dataset.lengths[other, 1]) + 1 for other in INDICES[:row])
+        assert torch.equal(alone, found[begin : begin + length])
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_loss_and_its_gradient_are_those_of_the_online_teacher(
+    parts: int, teacher: CvmTransformer, dataset: DistillationDataset, states: TeacherStates
+) -> None:
+    """Whole and under accumulation, within what bfloat16 rounds away."""
+    batch = dataset.batch(INDICES)
+    losses, gradients = [], []
+    for stored in (None, states):
+        student = make_model(16, 2)
+        objective = DistillationObjective(student, DistillationLoss(1.5, 1.0, 0.0), teacher, stored)
+        total = 0.0
+        for piece in batch.split(parts):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = objective(piece, batch.num_tokens).total
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    assert losses[0] > 0.1
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_the_wrong_pairs_states_would_show(
+    teacher: CvmTransformer, dataset: DistillationDataset, states: TeacherStates
+) -> None:
+    """The tolerance above is far below what a mix-up of two pairs does."""
+    batch = dataset.batch(INDICES)
+    student = make_model(16, 2)
+    loss = DistillationLoss(1.5, 1.0, 0.0)
+    real = find_real_targets(batch)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        right = DistillationObjective(student, loss, teacher, states)(batch, batch.num_tokens).total.item()
+        hidden, own = student(batch.src, batch.src_mask, batch.tgt_in)
+        wrong = loss(
+            hidden.flatten(0, 1)[real], own, batch.tgt_out.flatten()[real], num_tokens=batch.num_tokens,
+            teacher_hidden=states.gather(INDICES).roll(1, 0), teacher_matrix=teacher.embedding.matrix(),
+        ).total.item()  # fmt: skip
+    assert abs(wrong - right) > 0.05 * right
+
+
+def test_a_file_is_reused_only_for_the_same_teacher_and_pairs(
+    teacher: CvmTransformer, dataset: DistillationDataset, tmp_path: Path
+) -> None:
+    _, was_there = obtain_states(teacher, "a" * 64, dataset, tmp_path, never)
+    assert not was_there
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_size == compute_states_bytes(dataset, teacher.config.dim)
+    written = path.read_bytes()
+    assert obtain_states(teacher, "a" * 64, dataset, tmp_path, never)[1]
+    other_pairs = DistillationDataset([dataset[i][0] for i in range(169)], [dataset[i][1] for i in range(169)])
+    assert not obtain_states(teacher, "a" * 64, other_pairs, tmp_path, never)[1]
+    assert not obtain_states(teacher, "b" * 64, dataset, tmp_path, never)[1]
+    path.write_bytes(written[:-2])  # torn
+    assert not obtain_states(teacher, "a" * 64, dataset, tmp_path, never)[1]
+    assert path.read_bytes() == written
+
+
+def test_a_stop_leaves_nothing_half_made(teacher: CvmTransformer, dataset: DistillationDataset, tmp_path: Path) -> None:
+    calls: list[None] = []
+
+    def should_stop() -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise Stopped(15)
+
+    stop: Callable[[], None] = should_stop
+    with pytest.raises(Stopped):
+        obtain_states(teacher, "a" * 64, dataset, tmp_path, stop)
+    assert list(tmp_path.iterdir()) == []
