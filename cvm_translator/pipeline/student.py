@@ -65,7 +65,8 @@ def distil(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: T
         if result is None:
             result = _run_loop(context, corpus, tokenizer, teacher, store)
             record.save(result, sorted((store.directory / result["final_checkpoint"]).iterdir()))
-            shutil.rmtree(states_directory(context), ignore_errors=True)
+            if context.config.teacher.cache_dir is None:
+                shutil.rmtree(states_directory(context), ignore_errors=True)
         state = LoopState.from_plain(result["state"])
         note.summary = {"steps": state.step, "best_step": state.best_step}
         loop = LoopOutcome(state, result["final_checkpoint"], result["halted"])
@@ -123,8 +124,8 @@ def _run_loop(
 
 
 def states_directory(context: RunContext) -> Path:
-    """Where the teacher's states lie while the student trains."""
-    return context.layout.teacher / "states"
+    """Where the teacher's states lie while the student trains; beside the shared teachers they stay for other runs."""
+    return (context.config.teacher.cache_dir or context.layout.teacher) / "states"
 
 
 def obtain_teacher_states(context: RunContext, teacher: Teacher, dataset: DistillationDataset) -> TeacherStates | None:
