@@ -81,12 +81,14 @@ def test_arguments_are_left_as_they_were() -> None:
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
+BAD_SUM = {"name": "a", "version": "1", "sha256": "0"}
+
 REFUSED_KEYWORDS = [
     ({"temprature": 2.0}, "unknown setting temprature: did you mean temperature?"),
-    ({"distillation": {"temprature": 2.0}}, "unknown setting distillation.temprature: did you mean distillation.temperature?"),
+    ({"distillation": {"temprature": 2.0}}, "distillation.temprature: did you mean distillation.temperature?"),
     ({"guard": {"max_rolbacks": 1}}, "unknown setting guard.max_rolbacks: did you mean guard.max_rollbacks?"),
     ({"temperature": 2.0, "beam_size": 4}, "unknown setting beam_size: did you mean validation.beam_size?"),
-    ({"teacher": {"model": {"dimension": 8}}}, "unknown setting teacher.model.dimension: did you mean teacher.model.dim?"),
+    ({"teacher": {"model": {"dimension": 8}}}, "teacher.model.dimension: did you mean teacher.model.dim?"),
     ({"quantization": {"xyzzy": 1}}, "unknown setting quantization.xyzzy: known here are bits, method, start_fraction"),
     ({"alpha": 0.5, "distillation": {"alpha": 0.6}}, "alpha=0.5 contradicts distillation.alpha=0.6"),
     ({"validation_frequency": 10, "validation": {"every_steps": 20}}, "contradicts validation.every_steps=20"),
@@ -111,7 +113,7 @@ REFUSED_KEYWORDS = [
     ({"corpus": {"train": [{"format": "tsv", "pth": "a"}]}}, "did you mean corpus.train.0.tsv.path?"),
     ({"corpus": {"train": [{"format": "gettext"}]}}, "needs either path or packages"),
     ({"corpus": {"preset": "gettext_de_fr"}}, "corpus.preset"),
-    ({"corpus": {"train": [{"format": "gettext", "packages": [{"name": "a", "version": "1", "sha256": "0"}]}]}}, "sha256"),
+    ({"corpus": {"train": [{"format": "gettext", "packages": [BAD_SUM]}]}}, "sha256: String should match pattern"),
     ({"fault_injection": [{"kind": "flood", "from_step": 1}]}, "fault_injection.0.kind"),
     ({"guard": 3}, "guard: "),
 ]  # fmt: skip
