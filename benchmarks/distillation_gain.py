@@ -2,9 +2,10 @@
 
 Both systems run for the same iterations, with the same batches, guard, quantisation and validations; the one without
 the teacher has alpha 0 and beta 1. The learning rate of each is tuned with as many trials, on the validation set and
-the first seed (shortened with --trial-iterations); the arms of all seeds use the best. The delivered int8 students are compared on the test set, which no
-decision has seen, by a paired bootstrap over sentences: for each seed, and over all seeds together (statistics summed
-over seeds, the same resampled sentences). One cached teacher, one corpus split and one tokenizer serve all arms.
+the first seed (shortened with --trial-iterations); the arms of all seeds use the best. The delivered int8 students are
+compared on the test set, which no decision has seen, by a paired bootstrap over sentences: for each seed, and over all
+seeds together (statistics summed over seeds, the same resampled sentences). One cached teacher, one corpus split and
+one tokenizer serve all arms.
 
     python -m benchmarks.distillation_gain [--jobs 2] [--dry-run]
 

@@ -164,7 +164,7 @@ def format_results(data: Mapping[str, Any]) -> str:
         [
             name,
             len(run["rollbacks"]),
-            run["halt_reason"] or "-",
+            "yes" if run["halted"] else "-",
             *(
                 f"{run[where]['bleu']:.2f} / {run[where]['chrf']:.2f}"
                 for where in ("best_on_validation", "delivered_on_validation")
@@ -196,7 +196,8 @@ def format_results(data: Mapping[str, Any]) -> str:
         for rollback in run["rollbacks"]
     ]
     lines += [evidence.markdown_table(["run", "steps", "reason", "data stream", "learning rate factor"], rows), ""]
-    lines += ["Guard off minus guard on, on the test set, with 95 % interval (paired bootstrap):", ""]
+    lines += [f"- {name} halted: {run['halt_reason']}" for name, run in data["runs"].items() if run["halted"]]
+    lines += ["", "Guard off minus guard on, on the test set, with 95 % interval (paired bootstrap):", ""]
     rows = [
         [fault, *(evidence.describe_comparison(figures) for figures in by_metric.values())]
         for fault, by_metric in data["off_minus_on"].items()
