@@ -332,7 +332,7 @@ class GuardConfig(Settings):
     """When a drop counts as degradation, and what is done about it."""
 
     enabled: bool = True
-    """false: no verdicts, no rollback, and the last weights are delivered (for experiments)."""
+    """false: no rollback, no loss counts as a spike, and the last weights are delivered (for experiments)."""
     degradation_threshold: float = Field(0.05, gt=0.0, lt=1.0)
     """Margin of the relative drop of the quality score against the best."""
     confidence: float = Field(0.95, gt=0.5, lt=1.0)

@@ -24,6 +24,7 @@ from cvm_translator.pipeline.parts import (
     build_validator,
     save_model_folder,
 )
+from cvm_translator.pipeline.preflight import needed_disk_bytes
 from cvm_translator.pipeline.text import Corpus
 from cvm_translator.quantization import QuantizationType
 from cvm_translator.runs import atomic
@@ -33,6 +34,7 @@ from cvm_translator.training.resume import delivered_weights
 from cvm_translator.training.setup import LoopSetup
 from cvm_translator.training.state import seed_everything
 from cvm_translator.validation import ValidationConfig
+from cvm_translator.validation.preflight import check_disk
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
     model = CvmTransformer(config.model, tokenizer.vocab_size)
     init_random(model, config.seed)
     model.to(context.device)
+    has_average = config.training.ema_decay > 0
+    check_disk(
+        context.layout.root,
+        needed_disk_bytes(model.num_parameters(), context.config.keep_checkpoints, has_average=has_average),
+    )
     dataset = build_dataset(context, corpus.train, tokenizer, config.model)
     loss = DistillationLoss(temperature=1.0, alpha=0.0, beta=1.0, label_smoothing=config.training.label_smoothing)
     settings = ValidationConfig.from_run(context.config, str(context.device))

@@ -11,6 +11,7 @@ Guarantees
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cvm_translator.checkpoints.folder import LoadedCheckpoint
@@ -36,7 +37,9 @@ class TrainingLoop:
         self.state = LoopState()
         self.optimizer = build_optimizer(setup.model, setup.settings)
         self.average = MovingAverage(setup.model, setup.settings.ema_decay) if setup.settings.ema_decay else None
-        self.spikes = SpikeWindow(setup.guard.spike_window_steps, setup.guard.spike_threshold)
+        # Without the guard no loss is too high: a run that has gone bad would skip every batch from then on.
+        threshold = setup.guard.spike_threshold if setup.guard.enabled else math.inf
+        self.spikes = SpikeWindow(setup.guard.spike_window_steps, threshold)
         self.decision = DecisionFile(setup.store.directory / "rollback.json")
         self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations)
         self._saved_executed_steps: int | None = None
