@@ -50,8 +50,10 @@ class MissingDependencyError(CvmError):
     """An optional library that is not installed; the message names the extra that brings it."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """The run was asked to stop and has saved its state.
+
+    No `Exception`, for the reason that KeyboardInterrupt is none: a handler of a part's errors must not take it for one.
 
     `signal_number` is the signal that asked (2 or 15); the exit code is 128 + signal_number.
     """
