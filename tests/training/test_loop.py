@@ -54,6 +54,28 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
         assert torch.equal(left[name], right[name]), name
 
 
+def newest(folder: Path) -> dict[str, Any]:
+    """The whole state at the end: weights, moments, random generators, window, judge, place in the data."""
+    loaded = CheckpointStore(folder / "checkpoints", report=print).load_newest_valid()
+    assert loaded is not None
+    return {"tensors": loaded.tensors, "torch_states": loaded.torch_states, "plain": loaded.plain}
+
+
+def assert_same_state(left: Any, right: Any, place: str = "state") -> None:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), place
+        for key in left:
+            assert_same_state(left[key], right[key], f"{place}.{key}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), place
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), place
+        for index, (ours, theirs) in enumerate(zip(left, right, strict=True)):
+            assert_same_state(ours, theirs, f"{place}[{index}]")
+    else:
+        assert left == right, place
+
+
 def flip_a_bit(folder: Path) -> None:
     path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -149,6 +171,7 @@ def test_crashes_everywhere_change_no_bit(options: dict[str, Any], bench: Any, m
     assert outcome.state == expected.state
     assert outcome.final_checkpoint == expected.final_checkpoint
     assert_equal(weights(bench.folder / "run", outcome), weights(bench.folder / "whole", expected))
+    assert_same_state(newest(bench.folder / "run"), newest(bench.folder / "whole"))
     assert all(event["exact"] for event in bench.events("resumed"))
     rollbacks = {event["rollback_number"]: event["from_step"] for event in bench.events("rollback")}
     assert rollbacks == {
@@ -420,6 +443,25 @@ def test_a_full_disk_during_a_save_leaves_the_older_checkpoints(bench: Any, monk
     loop.setup.events.flush()
     outcome = bench.run()
     assert [event["step"] for event in bench.events("resumed")] == [3]
+    assert bench.losses() == bench.losses("whole")
+    assert_equal(weights(bench.folder / "run", outcome), weights(bench.folder / "whole", expected))
+
+
+def test_a_decision_is_carried_out_by_the_next_start(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends after the decision is on disk and before anything was done about it."""
+    expected = bench.run(DEGRADED, folder="whole")
+    loop = bench.build(DEGRADED)
+    crash_after(loop.decision, "write", 1, monkeypatch)
+    with pytest.raises(Crash):
+        loop.run()
+    loop.setup.events._buffer.clear()
+    assert bench.events("rollback") == []
+    outcome = bench.run(DEGRADED)
+    assert outcome.state == expected.state
+    assert [e["attempt"] for e in bench.events("verdict") if e["step"] == 10] == [1, 2]  # judged once, not again
+    same = ("from_step", "to_step", "rollback_number", "reason", "attempt", "data_stream", "learning_rate_factor")
+    (ours,), (theirs,) = bench.events("rollback"), bench.events("rollback", folder="whole")
+    assert [ours[name] for name in same] == [theirs[name] for name in same]
     assert bench.losses() == bench.losses("whole")
     assert_equal(weights(bench.folder / "run", outcome), weights(bench.folder / "whole", expected))
 
