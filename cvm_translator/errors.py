@@ -53,7 +53,7 @@ class MissingDependencyError(CvmError):
 class Stopped(BaseException):
     """The run was asked to stop and has saved its state.
 
-    No `Exception`, for the reason that KeyboardInterrupt is none: a handler of a part's errors must not take it for one.
+    No `Exception`, as KeyboardInterrupt is none: a handler of a part's errors must not take it for one.
 
     `signal_number` is the signal that asked (2 or 15); the exit code is 128 + signal_number.
     """
