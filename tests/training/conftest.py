@@ -22,6 +22,7 @@ from cvm_translator.runs.events import EventWriter, read_events
 from cvm_translator.training.guard import Judgement
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
+from cvm_translator.training.resume import delivered_weights
 from cvm_translator.training.setup import LoopOutcome, LoopSetup
 from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.state import LoopState, seed_everything
@@ -141,6 +142,10 @@ class LoopBench:
 
     def events(self, *kinds: str, folder: str = "run") -> list[dict[str, Any]]:
         return [e for e in read_events(self.folder / folder / "events.jsonl") if e["kind"] in kinds]
+
+    def weights(self, outcome: LoopOutcome, folder: str = "run") -> dict[str, torch.Tensor]:
+        """What the outcome delivers, read from its checkpoint."""
+        return delivered_weights(CheckpointStore(self.folder / folder / "checkpoints", report=print), outcome)
 
     def losses(self, folder: str = "run") -> dict[tuple[int, int], set[float]]:
         """Every loss that the events tell, by (attempt, executed step)."""
