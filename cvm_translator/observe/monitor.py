@@ -9,10 +9,14 @@ Exit codes: 0 the run is done (or Ctrl-C, or a running run with `once`), 3 not r
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cvm_translator.errors import EXIT_OK
@@ -43,16 +47,37 @@ def main(
     watch = RunWatch(RunLayout(Path(run_dir)))
     screen: Screen = JsonScreen() if as_json else LiveScreen() if sys.stdout.isatty() else LineScreen()
     monitor = Monitor(watch, screen, report_every_seconds, refresh_seconds)
-    try:
-        status = monitor.follow()
-    except KeyboardInterrupt:
+    with _interrupt_sets(monitor.left):
+        last = monitor.follow()
         monitor.close()
+    if last is None:
         print(f"monitor left; {printable(run_dir)} goes on without it", file=sys.stderr)
         return EXIT_OK
-    monitor.close()
     if not as_json:
-        print(format_status(status))
-    return int(status["exit_code"])
+        print(format_status(last))
+    return int(last["exit_code"])
+
+
+@contextlib.contextmanager
+def _interrupt_sets(flag: threading.Event) -> Iterator[None]:
+    """Ctrl-C sets the flag; a second one forces the exit. The original handler is put back.
+
+    An exception out of the handler could be raised where Python drops it (in a finaliser) and the Ctrl-C be lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    original = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, original)
 
 
 class Monitor:
@@ -64,11 +89,13 @@ class Monitor:
         self.hints = FileHints()
         self.view = View(watch, self.book, ProcessWatch())
         self.reports = ScheduledReports(watch.layout, report_every_seconds)
+        self.left = threading.Event()
+        """Set to make `follow` return at its next beat."""
 
-    def follow(self) -> dict[str, Any]:
-        """Until the run is done or failed; returns the last status."""
+    def follow(self) -> dict[str, Any] | None:
+        """Until the run is done or failed; returns the last status, or None when it was told to leave before."""
         is_first = True
-        while True:
+        while not self.left.is_set():
             events = self.watch.poll()
             status = self.watch.status()
             if status["state"] != "never_started":
@@ -81,6 +108,7 @@ class Monitor:
             if status["state"] in END_STATES:
                 return status
             self.hints.wait(self.refresh_seconds)
+        return None
 
     def _find_alerts(self, events: Sequence[Event], status: dict[str, Any]) -> list[Alert]:
         found = [alert for event in events for alert in alerts_of_event(event)]
