@@ -37,9 +37,9 @@ SMALL_CONFIG = Path(__file__).with_name("small.yaml")
 FEW_STEPS = (
     "corpus.validation_size=100",
     "corpus.test_size=100",
-    "teacher.training.num_iterations=800",  # fewer, and the teacher is too poor to be a measure of the student
-    "teacher.training.warmup_steps=100",
-    "teacher.training.validate_every_steps=200",
+    "teacher.training.num_iterations=1000",  # fewer, and the teacher is too poor to be a measure of the student
+    "teacher.training.min_learning_rate_ratio=0.5",
+    "teacher.training.validate_every_steps=250",
     "teacher.training.checkpoint_every_steps=25",
     "distillation.num_iterations=300",
     "distillation.checkpoint_every_steps=25",
@@ -76,8 +76,8 @@ class KilledRun:
         self.progress = 0.0
         """Training steps seen, the teacher's included; the stages after training count on from the last of them."""
         config = arm.load_config()
-        self._offset = {"teacher": 0, "distil": config.teacher.training.num_iterations}
-        self.num_steps = config.teacher.training.num_iterations + config.distillation.num_iterations
+        self.num_teacher_steps = config.teacher.training.num_iterations
+        self.num_steps = self.num_teacher_steps + config.distillation.num_iterations
 
     def launch(self) -> int:
         """Start the run, or resume it once it is there; its process id."""
@@ -98,7 +98,8 @@ class KilledRun:
         """Take in the new events."""
         for event in self.tail.poll():
             if event["kind"] == "train":
-                self.progress = max(self.progress, self._offset[event["stage"]] + event["step"])
+                before = self.num_teacher_steps if event["stage"] == "distil" else 0
+                self.progress = max(self.progress, before + event["step"])
                 self.position = f"{event['stage']} step {event['step']}"
             elif event["kind"] == "stage_started":
                 self.position = f"stage {event['stage']}"
@@ -107,10 +108,12 @@ class KilledRun:
 
     def wait_for(self, progress: float) -> None:
         """Follow until the run has come so far; raises if it ends before."""
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+        deadline, seen = time.monotonic() + TIMEOUT_SECONDS, self.position
         while self.progress < progress:
             is_running = self.is_running()
             self.follow()
+            if self.position != seen:
+                deadline, seen = time.monotonic() + TIMEOUT_SECONDS, self.position
             if self.progress < progress and (not is_running or time.monotonic() > deadline):
                 how = "ended" if not is_running else f"made no progress for {TIMEOUT_SECONDS:.0f} s"
                 raise BenchmarkError(f"the killed run {how} at {self.position}: see {self.arm.layout.logs}")
@@ -128,10 +131,11 @@ class KilledRun:
 
 
 def kill_and_resume(run: KilledRun, num_kills: int, seed: int) -> list[Kill]:
-    """Kill `num_kills` times and let the run end; most kills wait for a random step, the last one for the gate."""
+    """Kill `num_kills` times and let the run end; most wait for a random step of a stage, the last for the gate."""
     generator = random.Random(seed)
     num_early = int(EARLY_SHARE * num_kills)
-    targets = [generator.uniform(0, run.num_steps) for _ in range(num_kills - num_early - 1)]
+    bounds = [(0, run.num_teacher_steps), (run.num_teacher_steps, run.num_steps)]
+    targets = [generator.uniform(*bounds[number % 2]) for number in range(num_kills - num_early - 1)]
     moments: list[float | None] = [*sorted(targets), float(run.num_steps + 1)]
     for _ in range(num_early):
         moments.insert(generator.randrange(len(moments)), None)
