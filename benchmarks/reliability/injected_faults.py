@@ -152,7 +152,7 @@ def collect_results(arms: Arms, options: Namespace) -> dict[str, Any]:
 
 def format_results(data: Mapping[str, Any]) -> str:
     """The checks and the tables as Markdown."""
-    lines = [f"# Injected faults: {data['config']}", "", *evidence.describe_checks(data["failures"])]
+    lines = [f"# Injected faults: {evidence.describe_config(data)}", "", *evidence.describe_checks(data["failures"])]
     lines += [
         "",
         f"Faults begin at step {data['from_step']:,}: the learning rate times {LEARNING_RATE_FACTOR:g} for"

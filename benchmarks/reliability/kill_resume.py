@@ -201,7 +201,7 @@ def find_failures(compared: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def format_results(data: Mapping[str, Any]) -> str:
     """The checks and the tables as Markdown."""
-    lines = [f"# Kill and resume: {data['config']}", ""]
+    lines = [f"# Kill and resume: {evidence.describe_config(data)}", ""]
     lines += [f"{len(data['kills'])} times `kill -9` and `resume`, compared with an uninterrupted run:", ""]
     lines += evidence.describe_checks(data["failures"])
     compared = data["compared"]
