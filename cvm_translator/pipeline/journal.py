@@ -22,6 +22,11 @@ from tensorboardX.summary import scalar
 Event = dict[str, Any]
 
 
+def _describe_loss(event: Event) -> str:
+    """Of a progress event; where every batch since the last one was skipped there is none."""
+    return "-" if event["loss"] is None else f"{event['loss']:.3f}"
+
+
 def describe_event(event: Event) -> str | None:
     """One line of text for an event worth a line, else None."""
     kind, step, stage = event["kind"], event.get("step"), event.get("stage")
@@ -35,6 +40,7 @@ def describe_event(event: Event) -> str | None:
         return (
             f"{stage} step {step}/{event['num_iterations']}  {event['steps_per_second']:.1f} steps/s"
             f"  {event['tokens_per_second']:.0f} tokens/s  {format_seconds(event['eta_seconds'])} left"
+            f"  loss {_describe_loss(event)}"
         )
     if kind == "validation":
         scores = "  ".join(f"{name} {value:.2f}" for name, value in event["scores"].items())
@@ -88,17 +94,11 @@ class TextLog:
         self._handler.setFormatter(formatter)
         self._logger = logging.Logger("cvm_translator.run")
         self._logger.addHandler(self._handler)
-        self._last_train: Event | None = None
 
     def __call__(self, event: Event) -> None:
-        if event["kind"] == "train":
-            self._last_train = event
-            return
         line = describe_event(event)
         if line is None:
             return
-        if event["kind"] == "progress" and self._last_train is not None:
-            line += f"  loss {self._last_train['loss']:.4f}  accuracy {self._last_train['accuracy']:.3f}"
         is_bad = event["kind"] in ("warning", "rollback", "failed")
         self._logger.log(logging.WARNING if is_bad else logging.INFO, line)
 
@@ -158,12 +158,8 @@ class PlainDisplay:
 
     def __init__(self) -> None:
         self._last_progress = 0.0
-        self._last_loss = math.nan
 
     def __call__(self, event: Event) -> None:
-        if event["kind"] == "train":
-            self._last_loss = event["loss"]
-            return
         line = describe_event(event)
         if line is None or event["kind"] in _TOLD_ELSEWHERE:
             return
@@ -171,7 +167,6 @@ class PlainDisplay:
             if time.monotonic() - self._last_progress < 15.0:
                 return
             self._last_progress = time.monotonic()
-            line += f"  loss {self._last_loss:.4f}"
         print(line, file=sys.stderr, flush=True)
 
     def note(self, message: str) -> None:
@@ -207,7 +202,6 @@ class LiveDisplay:
     def __call__(self, event: Event) -> None:
         kind = event["kind"]
         if kind == "train":
-            self._facts["loss"] = f"loss {event['loss']:.3f}"
             if self._task is not None and time.monotonic() - self._last_update > 0.25:
                 self._last_update = time.monotonic()
                 self._progress.update(self._task, completed=event["step"], facts=self._join())
@@ -229,6 +223,7 @@ class LiveDisplay:
             self._stage = event["stage"]
             self._task = self._progress.add_task(event["stage"], total=event["num_iterations"], facts="")
         self._facts["speed"] = f"{event['steps_per_second']:.1f} steps/s"
+        self._facts["loss"] = f"loss {_describe_loss(event)}"
         self._facts["eta"] = f"{format_seconds(event['eta_seconds'])} left"
         self._progress.update(self._task, completed=event["step"], facts=self._join())
 

@@ -131,7 +131,7 @@ class TrainingLoop:
             num_tokens=result.num_tokens,
             skipped=result.rejected is not None,
         )
-        self.progress.count(result.num_tokens, state)
+        self.progress.count(result, state)
         return result
 
     # -------------------------------------------------------------------------------------------- verdicts and rollback

@@ -1,6 +1,8 @@
-"""The heartbeat of a loop: speed and remaining time, told every few seconds.
+"""The heartbeat of a loop: speed, remaining time and mean loss, told every few seconds.
 
-Measured on a monotonic clock, over the steps since the last report; validations and checkpoints do not count.
+Measured on a monotonic clock; validations and checkpoints do not count. The loss is the mean over the real target
+tokens since the last report. Batches differ in length, so speed is smoothed: what lies half a minute of training back
+weighs half.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import psutil
 
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.training.state import LoopState
+from cvm_translator.training.step import StepResult
 
 REPORT_EVERY_SECONDS = 5.0
+HALF_LIFE_SECONDS = 30.0
 
 
 class ProgressMeter:
@@ -22,23 +26,34 @@ class ProgressMeter:
         self._events = events
         self._stage = stage
         self._num_iterations = num_iterations
+        self._past = (0.0, 0.0, 0.0)
+        """Steps, tokens and seconds so far, each weighted by its age."""
         self.restart()
 
     def restart(self) -> None:
         """Begin to measure anew, after something that is not a step."""
         self._start, self._num_steps, self._num_tokens = time.monotonic(), 0, 0
+        self._loss_sum, self._num_loss_tokens = 0.0, 0
 
-    def count(self, num_tokens: int, state: LoopState) -> None:
+    def count(self, result: StepResult, state: LoopState) -> None:
         """Count one executed step; reports when it is time."""
         self._num_steps += 1
-        self._num_tokens += num_tokens
+        self._num_tokens += result.num_tokens
+        if result.rejected is None:
+            self._loss_sum += result.loss * result.num_tokens
+            self._num_loss_tokens += result.num_tokens
         if time.monotonic() - self._start >= REPORT_EVERY_SECONDS:
             self.report(state)
 
     def report(self, state: LoopState) -> None:
         seconds = time.monotonic() - self._start
         if self._num_steps and seconds > 0:
-            speed = self._num_steps / seconds
+            decay = 0.5 ** (seconds / HALF_LIFE_SECONDS)
+            now = (self._num_steps, self._num_tokens, seconds)
+            steps, tokens, smoothed_seconds = self._past = tuple(
+                decay * old + new for old, new in zip(self._past, now, strict=True)
+            )
+            speed = steps / smoothed_seconds
             self._events.write(
                 "progress",
                 step=state.step,
@@ -46,8 +61,9 @@ class ProgressMeter:
                 stage=self._stage,
                 num_iterations=self._num_iterations,
                 steps_per_second=speed,
-                tokens_per_second=self._num_tokens / seconds,
+                tokens_per_second=tokens / smoothed_seconds,
                 eta_seconds=(self._num_iterations - state.step) / speed,
+                loss=self._loss_sum / self._num_loss_tokens if self._num_loss_tokens else None,
                 memory_mib=psutil.Process().memory_info().rss / 2**20,
             )
         self.restart()
