@@ -44,15 +44,32 @@ FLAT_KEYS: dict[str, tuple[str, ...]] = {
     "target_language": ("corpus", "target_language"),
 }
 
-# What flat keyword arguments leave out: the sizes of configs/cvm_small.yaml and the public German-English corpus.
+# What flat keyword arguments leave out: the corpus and the models of configs/quickstart.yaml. The student's training
+# settings that are not given are the specification's.
 DEFAULTS: dict[str, Any] = {
     "corpus": {"preset": "gettext_de_en"},
-    "tokenizer": {"vocab_size": 8000},
+    "tokenizer": {"vocab_size": 4000},
     "teacher": {
-        "model": {"dim": 256, "num_heads": 4, "feed_forward_dim": 1024, "encoder_layers": 6, "decoder_layers": 3},
+        "model": {
+            "dim": 256,
+            "num_heads": 4,
+            "feed_forward_dim": 1024,
+            "encoder_layers": 6,
+            "decoder_layers": 2,
+            "max_length": 64,
+        },
+        "training": {"num_iterations": 2000, "batch_size": 64, "learning_rate": 1.2e-3, "warmup_steps": 500},
     },
     "student": {
-        "model": {"dim": 256, "num_heads": 4, "feed_forward_dim": 1024, "encoder_layers": 3, "decoder_layers": 1},
+        "model": {
+            "dim": 256,
+            "num_heads": 4,
+            "feed_forward_dim": 1024,
+            "encoder_layers": 2,
+            "decoder_layers": 1,
+            "dropout": 0.05,
+            "max_length": 64,
+        },
         "init": "teacher_layers",
     },
 }
