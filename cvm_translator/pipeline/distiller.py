@@ -44,9 +44,10 @@ class ModelDistiller:
     """Runs one config in one run folder.
 
     Raises `CvmError` for what the user can mend, `Stopped` when a signal or `stop` asked the run to save and leave.
+    With `progress`, what happens is told on standard error as it does.
     """
 
-    def __init__(self, config: RunConfig, *, progress: bool = False) -> None:
+    def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
         self.config = config
         self.layout = RunLayout(Path(config.output_dir))
         self._progress = progress
