@@ -238,21 +238,24 @@ def _decode_line(line: bytes, *, is_first: bool) -> str:
 
 
 def _quantize(options: Options) -> int:
-    from cvm_translator.models.folder import load_model, save_model
-    from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
+    from cvm_translator.config.load import build_quantization
+    from cvm_translator.pipeline.comparison import format_comparison
+    from cvm_translator.pipeline.quantizing import QuantizeRequest, quantize_folder
 
-    loaded = load_model(options.model)
-    if loaded.config["number_format"] != "float32":
-        raise ModelError(f"{options.model} is {loaded.config['number_format']} already: name a float32 model folder")
-    folder = save_model(
+    names = ("method", "bits", "group_size", "symmetric", "target_compression_ratio", "target_mib", "plan")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    request = QuantizeRequest(
+        options.model,
         options.output,
-        AdvancedQuantizer(QuantizationType(options.method)).convert(loaded.model),
-        loaded.tokenizer,
-        source_language=loaded.config["source_language"],
-        target_language=loaded.config["target_language"],
-        metadata=loaded.config["metadata"] | {"quantization": {"method": options.method, "bits": options.bits}},
+        build_quantization(given),
+        calibration=options.calibration,
+        pairs=options.pairs,
+        max_drop=options.max_drop,
     )
-    print(folder)
+    comparison = quantize_folder(request, _tell)
+    if comparison is not None:
+        print(format_comparison(comparison))
+    print(options.output)
     return EXIT_OK
 
 
@@ -311,8 +314,18 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _group_size(text: str) -> int | str:
+    if text == "row":
+        return text
+    size = int(text)
+    if size < 2 or size % 2:
+        raise ValueError
+    return size
+
+
 # what argparse calls a bad value of theirs
 _positive.__name__, _seconds.__name__ = "number from 1 up", "number of seconds above 0"
+_group_size.__name__ = "even number from 2 up, or row"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -370,8 +383,27 @@ def build_parser() -> argparse.ArgumentParser:
     translate.add_argument("--beam-size", type=_positive, default=1, metavar="N")
     translate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="sentences decoded together")
     quantize = add("quantize", _quantize, "store a float model with fewer bits")
-    quantize.add_argument("--method", choices=["dynamic"], default="dynamic")
-    quantize.add_argument("--bits", type=int, choices=[8], default=8)
+    quantize.add_argument("--method", choices=["dynamic", "static", "weight_only", "mixed"], default="dynamic")
+    quantize.add_argument("--bits", type=int, choices=[4, 8, 16], help="of the weights (default 8)")
+    quantize.add_argument(
+        "--group-size", type=_group_size, metavar="N|row", help="weights that share a scale at 4 bits (default 64)"
+    )
+    quantize.add_argument(
+        "--asymmetric", dest="symmetric", action="store_false", default=None, help="4-bit grid with zero points"
+    )
+    target = quantize.add_mutually_exclusive_group()
+    target.add_argument(
+        "--target-ratio", dest="target_compression_ratio", type=float, metavar="R", help="mixed: float32 bytes over ours"
+    )
+    target.add_argument("--target-mib", type=float, metavar="MIB", help="mixed: size of the weights")
+    target.add_argument("--plan", type=Path, metavar="FILE", help="mixed: a plan to use as it is")
+    quantize.add_argument(
+        "--calibration", type=Path, metavar="TSV", help="training pairs to calibrate on (default: the run's)"
+    )
+    quantize.add_argument(
+        "--pairs", type=Path, metavar="TSV", help="pairs to be judged on (default: the run's validation set)"
+    )
+    quantize.add_argument("--max-drop", type=float, metavar="BLEU", help="write nothing if more BLEU is lost")
     export = add("export", _export, "write a model in another format")
     export.add_argument("--format", choices=["safetensors"], required=True)
     for command in (translate, quantize, export):

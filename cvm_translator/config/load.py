@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cvm_translator.config.schema import RunConfig
+from cvm_translator.config.schema import QuantizationConfig, RunConfig
 from cvm_translator.errors import ConfigError
 
 # What the flat keyword arguments of the specification set.
@@ -84,6 +84,14 @@ class DistillationConfig(RunConfig):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**_checked("DistillationConfig", _unflatten(settings)))
+
+
+def build_quantization(settings: dict[str, Any]) -> QuantizationConfig:
+    """Quantisation settings of their own, as the command line gives them. Raises `ConfigError`."""
+    try:
+        return QuantizationConfig(**settings)
+    except ValidationError as error:
+        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def load_config(
@@ -181,6 +189,7 @@ def _resolve_paths(data: dict[str, Any], base: Path) -> None:
                     resolve(source, "path", "source_path", "target_path")
     resolve(data.get("tokenizer"), "path")
     resolve(data.get("teacher"), "path", "cache_dir")
+    resolve(data.get("quantization"), "plan")
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -6,6 +6,7 @@ refused here, where the config is built, with the reason.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -353,14 +354,73 @@ class GuardConfig(Settings):
     """Stop after so many validations without a new best; default: never, the step count is exact."""
 
 
+METHOD_BITS: dict[str, tuple[int, ...]] = {
+    "none": (),
+    "dynamic": (8,),
+    "static": (8,),
+    "qat": (4, 8),
+    "weight_only": (4, 8, 16),
+    "progressive": (4, 8),
+    "mixed": (),
+}
+"""The bit widths that each quantisation method has; none and mixed have no width of their own."""
+
+
 class QuantizationConfig(Settings):
     """The number format in which the student is deployed, and whether training sees it."""
 
-    method: Literal["none", "dynamic", "qat"] = "qat"
-    """qat: fake-quantised training, then int8; dynamic: int8 after training only; none: float only."""
-    bits: Literal[8] = 8
+    method: Literal["none", "dynamic", "static", "qat", "weight_only", "progressive", "mixed"] = "qat"
+    """qat: training sees the rounding; progressive: it sees ever fewer bits, each width only after the guard found
+    quality held at the one before; dynamic, static (calibrated on training sentences), weight_only and mixed (bits
+    chosen layer by layer) round the trained student; none: float only."""
+    bits: Literal[4, 8, 16] = 8
+    """Of the deployed weights; for progressive, of the last width."""
+    group_size: Annotated[int, Field(ge=2, multiple_of=2)] | Literal["row"] = 64
+    """Weights of a row that share a scale, at 4 bits."""
+    symmetric: bool = True
+    """Whether the 4-bit grid is centred on 0; otherwise each group has a zero point."""
     start_fraction: Fraction = 0.0
-    """Share of the steps after which fake quantisation begins."""
+    """Share of the steps after which fake quantisation begins (qat), or the first width may give way (progressive)."""
+    widths: list[Literal[4, 8, 16]] | None = None
+    """For progressive: the bit widths in their order, ending in `bits`; default 16, 8 (and 4)."""
+    calibration_sentences: PositiveInt = 256
+    """Training sentences that static calibrates on, and by which mixed tells the layers' sensitivity."""
+    target_compression_ratio: float | None = Field(None, gt=1.0)
+    """For mixed: float32 bytes over deployed bytes."""
+    target_mib: float | None = Field(None, gt=0.0)
+    """For mixed: size of the deployed weights."""
+    plan: Path | None = None
+    """For mixed: a plan to use as it is (quantization_plan.yaml of another run, perhaps edited)."""
+
+    @property
+    def width_schedule(self) -> tuple[int, ...]:
+        """The widths that training passes through, the deployed one last."""
+        if self.method != "progressive":
+            return (self.bits,)
+        return tuple(self.widths) if self.widths else tuple(bits for bits in (16, 8, 4) if bits >= self.bits)
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> QuantizationConfig:
+        known = METHOD_BITS[self.method]
+        if known and self.bits not in known:
+            raise ValueError(
+                f"method {self.method} has no {self.bits} bits: it has {' or '.join(map(str, known))}"
+            )
+        if self.widths is not None:
+            if self.method != "progressive":
+                raise ValueError("widths belongs to method progressive: leave it out, or set that method")
+            is_falling = all(wide > narrow for wide, narrow in pairwise(self.widths))
+            if not (is_falling and self.widths and self.widths[-1] == self.bits):
+                raise ValueError(f"widths {self.widths} must fall and end in bits, {self.bits}")
+        targets = {"target_compression_ratio", "target_mib", "plan"}
+        given = sorted(name for name in targets if getattr(self, name) is not None)
+        if self.method == "mixed" and len(given) != 1:
+            raise ValueError(
+                f"method mixed needs one of target_compression_ratio, target_mib and plan, got {given or 'none'}"
+            )
+        if self.method != "mixed" and given:
+            raise ValueError(f"{given[0]} belongs to method mixed: leave it out, or set that method")
+        return self
 
 
 class FaultInjection(Settings):

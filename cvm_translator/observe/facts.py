@@ -60,6 +60,10 @@ class Facts:
     @property
     def quantised_from(self) -> int | None:
         """The step from which on training saw fake quantisation, or None where it never did."""
+        if self.setting("quantization.method") == "progressive":
+            verdicts = of_stage(self.history.verdicts, "distil")
+            wide = [event["step"] for event in verdicts if event.get("bits") == 16]
+            return max(wide) + 1 if len(wide) < len(verdicts) and wide else None
         share = as_number(self.setting("quantization.start_fraction"))
         total = as_number(self.setting("distillation.num_iterations"))
         if self.setting("quantization.method") != "qat" or not math.isfinite(share * total):

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, PALE = "#1f2933", "#66727f", "#e4e8ec", "#c9d3dd"
 TEACHER, FLOAT, STUDENT, BAD, MARK = "#7b8794", "#159a8c", "#2563eb", "#d64545", "#8d5bd6"
 TASK, DISTILLATION = "#e08e0b", "#159a8c"
-MODELS = {"teacher": ("Teacher", TEACHER), "float": ("Student, float", FLOAT), "int8": ("Student, int8", STUDENT)}
+MODELS = {
+    "teacher": ("Teacher", TEACHER),
+    "float": ("Student, float", FLOAT),
+    **{name: (f"Student, {name}", STUDENT) for name in ("int8", "int4", "float16", "mixed")},
+}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,

@@ -29,7 +29,7 @@ from cvm_translator.observe.text import (
     short_metric_name,
 )
 
-MODEL_NAMES = {"teacher": "Teacher", "float": "Student, float", "int8": "Student, int8"}
+MODEL_NAMES = {"teacher": "Teacher", "float": "Student, float"}
 GATED = ("quality_score", "bleu", "chrf")
 
 
@@ -199,7 +199,7 @@ def build_gaps(facts: Facts) -> list[Block]:
     """Teacher to float student, and float student to quantised student, per metric."""
     titles = {
         "teacher_to_float": "Teacher → float student (distillation)",
-        "float_to_int8": "Float → int8 (quantisation)",
+        f"float_to_{facts.deployed}": f"Float → {facts.deployed} (quantisation)",
     }
     gaps = {key: value for key, value in (facts.final.get("gaps") or {}).items() if isinstance(value, Mapping)}
     if not gaps:

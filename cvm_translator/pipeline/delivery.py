@@ -25,11 +25,18 @@ from cvm_translator.pipeline.arrange import arrange_gate, arrange_scores, negate
 from cvm_translator.pipeline.cards import build_metadata, build_model_card
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
 from cvm_translator.pipeline.measure import measure_folder
-from cvm_translator.pipeline.parts import save_model_folder
+from cvm_translator.pipeline.formats import (
+    build_calibration,
+    build_deploy,
+    choose_plan,
+    name_format,
+    save_plan,
+)
+from cvm_translator.pipeline.parts import build_dataset, save_model_folder
 from cvm_translator.pipeline.student import StudentOutcome
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
+from cvm_translator.quantization import convert_with_plan
 from cvm_translator.runs import atomic
 from cvm_translator.runs.events import read_events, sum_stage_seconds
 from cvm_translator.validation import TranslationQualityEvaluator, ValidationConfig
@@ -39,33 +46,54 @@ NUM_SAMPLES = 12
 NUM_WORST = 12
 
 
-def quantise(context: RunContext, tokenizer: Tokenizer, outcome: StudentOutcome) -> dict[str, Path]:
+def quantise(
+    context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: Teacher, outcome: StudentOutcome
+) -> dict[str, Path]:
     """Write the student's folders: `float` always, and the deployed number format. Returns the folders by name."""
-    config = context.config
+    config, bits = context.config, outcome.loop.bits
     folders = {"float": context.layout.student / "float"}
-    if config.quantization.method != "none":
-        folders[f"int{config.quantization.bits}"] = context.layout.student / f"int{config.quantization.bits}"
+    deployed = name_format(config.quantization, bits)
+    if deployed is not None:
+        folders[deployed] = context.layout.student / deployed
+    if bits != config.quantization.bits:
+        context.warn("width", f"quality was not held at {config.quantization.bits} bits: {bits} bits are delivered")
     with stage(context, "quantise") as note:
-        record = StageRecord(context.layout, "quantise", {"weights": hash_weights(outcome.weights)})
+        record = StageRecord(context.layout, "quantise", {"weights": hash_weights(outcome.weights), "bits": bits})
         if record.load() is not None:
             note.skipped = True
         else:
             student = CvmTransformer(config.student.model, tokenizer.vocab_size)
             student.load_state_dict(outcome.weights)
-            quantizer = AdvancedQuantizer(QuantizationType(config.quantization.method))
             metadata = {
                 "role": "student",
                 "step": outcome.loop.state.best_step,
-                "quantization": config.quantization.method,
+                "quantization": {"method": config.quantization.method, "bits": bits},
             }
             save_model_folder(context, folders["float"], student.eval(), tokenizer, metadata)
-            for name in list(folders)[1:]:
-                save_model_folder(context, folders[name], quantizer.convert(student), tokenizer, metadata)
+            if deployed is not None:
+                converted = _convert(context, student, corpus, tokenizer, teacher, bits)
+                save_model_folder(context, folders[deployed], converted, tokenizer, metadata)
             record.save({}, [folder / "model.safetensors" for folder in folders.values()])
         note.summary = {
             f"{name}_bytes": (folder / "model.safetensors").stat().st_size for name, folder in folders.items()
         }
     return folders
+
+
+def _convert(
+    context: RunContext, student: CvmTransformer, corpus: Corpus, tokenizer: Tokenizer, teacher: Teacher, bits: int
+) -> CvmTransformer:
+    """The student as the validations scored it; for method mixed, its plan is written beside it, to be used again."""
+    settings = context.config.quantization
+    dataset = build_dataset(context, corpus.train, tokenizer, student.config, teacher.model.config)
+    calibrate = build_calibration(dataset, settings.calibration_sentences, context.config.seed)
+    if settings.method != "mixed":
+        return build_deploy(settings, calibrate)(student, bits)
+    plan = choose_plan(settings, student, calibrate)
+    save_plan(context.layout.student / "quantization_plan.yaml", plan)
+    if not plan.get("target_met", True):
+        context.warn("quantization", f"quantisation plan: {plan['message']}")
+    return convert_with_plan(student, plan)
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:

@@ -61,7 +61,7 @@ class ModelDistiller:
                 tokenizer = build_tokenizer(context, corpus)
                 teacher = obtain_teacher(context, corpus, tokenizer)
                 outcome = distil(context, corpus, tokenizer, teacher)
-                folders = delivery.quantise(context, tokenizer, outcome)
+                folders = delivery.quantise(context, corpus, tokenizer, teacher, outcome)
                 verdict = delivery.gate(context, corpus, teacher, folders)
                 report = delivery.report(context, corpus, outcome, folders, verdict)
                 return self._finish(context, report)

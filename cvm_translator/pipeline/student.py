@@ -22,6 +22,7 @@ from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.initialization import init_from_teacher, init_random
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
+from cvm_translator.pipeline.formats import build_calibration, build_course, build_deploy, build_prepare
 from cvm_translator.pipeline.parts import (
     build_dataset,
     build_judge,
@@ -32,7 +33,6 @@ from cvm_translator.pipeline.parts import (
 from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.quantization import QuantizationType
 from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, obtain_states
 from cvm_translator.training.device import uses_bfloat16
 from cvm_translator.training.loop import TrainingLoop
@@ -69,7 +69,7 @@ def distil(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: T
                 shutil.rmtree(states_directory(context), ignore_errors=True)
         state = LoopState.from_plain(result["state"])
         note.summary = {"steps": state.step, "best_step": state.best_step}
-        loop = LoopOutcome(state, result["final_checkpoint"], result["halted"])
+        loop = LoopOutcome(state, result["final_checkpoint"], result["halted"], result["bits"])
         return StudentOutcome(loop, delivered_weights(store, loop), result["preflight"])
 
 
@@ -87,11 +87,11 @@ def _run_loop(
     validation = ValidationConfig.from_run(config, str(context.device))
     validator = build_validator(context, corpus, tokenizer, validation, context.layout.validation)
     record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)
+    calibrate = build_calibration(dataset, config.quantization.calibration_sentences, config.seed)
     preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"])
     preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
     context.note(describe_preflight(preflight))
     states = obtain_teacher_states(context, teacher, dataset) if loss.needs_teacher else None
-    quantization = QuantizationType(config.quantization.method)
     seed_everything(config.seed)
     loop = TrainingLoop(
         LoopSetup(
@@ -104,12 +104,21 @@ def _run_loop(
             batches=BatchSchedule(dataset.lengths, settings.batch_size, config.seed),
             store=store,
             events=context.events,
-            judge=build_judge(context, "distil", validator, corpus, tokenizer, config.student.model, quantization),
+            judge=build_judge(
+                context,
+                "distil",
+                validator,
+                corpus,
+                tokenizer,
+                config.student.model,
+                build_deploy(config.quantization, calibrate),
+            ),
             stop=context.stop,
             device=context.device,
             num_threads=context.config.num_threads,
             validate_every_steps=config.validation.every_steps,
-            quantize_from_step=first_quantized_step(config),
+            widths=build_course(config),
+            prepare=build_prepare(config.quantization),
             faults=list(config.fault_injection),
         )
     )
@@ -119,6 +128,7 @@ def _run_loop(
         "state": outcome.state.to_plain(),
         "final_checkpoint": outcome.final_checkpoint,
         "halted": outcome.halted,
+        "bits": outcome.bits,
         "preflight": preflight,
     }
 
@@ -160,10 +170,3 @@ def build_student(context: RunContext, tokenizer: Tokenizer, teacher: Teacher) -
     if config.init == "teacher_layers":
         init_from_teacher(student, teacher.model, config.encoder_layers_from, config.decoder_layers_from)
     return student.to(context.device)
-
-
-def first_quantized_step(config: RunConfig) -> int | None:
-    """The first step that training sees through the 8-bit grid."""
-    if config.quantization.method != "qat":
-        return None
-    return int(config.quantization.start_fraction * config.distillation.num_iterations) + 1

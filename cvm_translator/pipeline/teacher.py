@@ -26,7 +26,6 @@ from cvm_translator.pipeline.parts import (
 )
 from cvm_translator.pipeline.preflight import needed_disk_bytes
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.quantization import QuantizationType
 from cvm_translator.runs import atomic
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
@@ -137,7 +136,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             batches=BatchSchedule(dataset.lengths, config.training.batch_size, config.seed),
             store=build_store(context, context.layout.teacher / "checkpoints"),
             events=context.events,
-            judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, QuantizationType.NONE),
+            judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, deploy_as_it_is),
             stop=context.stop,
             device=context.device,
             num_threads=context.config.num_threads,
@@ -149,6 +148,11 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
     model.load_state_dict(delivered_weights(loop.setup.store, outcome))
     metadata = {"role": "teacher", "best_step": outcome.state.best_step, "num_iterations": outcome.state.step}
     save_model_folder(context, folder, model, tokenizer, metadata)
+
+
+def deploy_as_it_is(model: CvmTransformer, bits: int) -> CvmTransformer:
+    """A teacher is used in float."""
+    return model
 
 
 def _surface_metrics(settings: ValidationSettings) -> ValidationSettings:

@@ -29,12 +29,24 @@ class Judgement:
     reason: str
     figures: dict[str, Any]
     """What the verdict rests on, for the event: drop, drop_lower_bound, margin, quality_score."""
+    is_held: bool = True
+    """Whether the quality stands beside the best of the width before, so that fewer bits may be tried."""
 
 
 class Judge(Protocol):
     """Validates a model and judges it against what came before; stateful, so it is part of each checkpoint."""
 
-    def judge(self, state: LoopState, model: CvmTransformer) -> Judgement: ...
+    def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
+        """Validate the model as deployed at `bits`."""
+        ...
+
+    def start_width(self) -> None:
+        """Look for a new best: what follows is deployed with other bits."""
+        ...
+
+    def is_best_held(self) -> bool:
+        """Whether the best at this width stands beside that of the width before."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

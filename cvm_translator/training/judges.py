@@ -24,7 +24,11 @@ from cvm_translator.training.objectives import find_real_targets
 from cvm_translator.training.state import LoopState
 from cvm_translator.validation.validator import DistillationValidator
 
-Deploy = Callable[[CvmTransformer], CvmTransformer]
+Deploy = Callable[[CvmTransformer, int], CvmTransformer]
+"""From the float model and the bit width of the moment to a copy in the deployed number format."""
+
+SOUND = ("first", "improved", "healthy")
+"""Verdicts after which fewer bits may be tried; a warning is not among them."""
 
 
 class ValidationJudge:
@@ -46,9 +50,9 @@ class ValidationJudge:
         self.deploy = deploy
         self.held_out = held_out
 
-    def judge(self, state: LoopState, model: CvmTransformer) -> Judgement:
+    def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
         start = time.monotonic()
-        deployed = self.deploy(model)
+        deployed = self.deploy(model, bits)
         settings = self.validator.config.settings
 
         def translate(sources: list[str]) -> list[str]:
@@ -81,7 +85,17 @@ class ValidationJudge:
         figures = verdict.to_json()
         for name in ("verdict", "reason", "best_step"):
             del figures[name]
-        return Judgement(verdict.verdict, verdict.is_new_best, verdict.asks_for_rollback, verdict.reason, figures)
+        is_held = verdict.verdict in SOUND and self.validator.is_held(result.measurement)
+        return Judgement(
+            verdict.verdict, verdict.is_new_best, verdict.asks_for_rollback, verdict.reason, figures, is_held
+        )
+
+    def start_width(self) -> None:
+        self.validator.start_width()
+
+    def is_best_held(self) -> bool:
+        best = self.validator.detector.best
+        return best is not None and self.validator.is_held(best)
 
     def _warn(self, state: LoopState, code: str, message: str) -> None:
         self.events.write("warning", step=state.step, attempt=state.attempt, code=code, message=message)

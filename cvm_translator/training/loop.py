@@ -5,6 +5,7 @@ Guarantees
 - A checkpoint holds everything: a loop resumed from it goes on bit for bit as the uninterrupted one would have.
 - A batch whose loss or gradient is not finite, or whose loss is a spike, moves nothing. After some in a row the loop
   goes back to its best checkpoint, as after a degraded validation.
+- Where the bit width falls during training, it falls only after a validation at which quality was held.
 - A rollback is on disk before it is acted on, and its changed recipe is asserted after the old state is loaded.
 - A stop request is obeyed at a step's end, after a checkpoint.
 """
@@ -27,6 +28,7 @@ from cvm_translator.training.setup import LoopOutcome, LoopSetup
 from cvm_translator.training.spikes import SpikeWindow
 from cvm_translator.training.state import LoopState
 from cvm_translator.training.step import StepResult, train_step
+from cvm_translator.training.widths import UNROUNDED_BITS
 
 
 class TrainingLoop:
@@ -82,11 +84,14 @@ class TrainingLoop:
     def _finish(self) -> LoopOutcome:
         """Name what is delivered: the best checkpoint, or the last one where the guard is off or has judged nothing."""
         state = self.state
+        bits = self.setup.widths.widths[state.width_index]
         if self.setup.guard.enabled and state.best_checkpoint is not None:
+            if state.held is not None and not self.setup.judge.is_best_held():
+                bits, state.best_checkpoint = state.held["bits"], state.held["checkpoint"]
             best = load_best(self.setup, state.best_checkpoint)
             state.best_checkpoint, state.best_step = best.path.name, best.step
-            return LoopOutcome(state, state.best_checkpoint, state.halted)
-        return LoopOutcome(state, checkpoint_name(state.step, state.attempt), state.halted)
+            return LoopOutcome(state, state.best_checkpoint, state.halted, bits)
+        return LoopOutcome(state, checkpoint_name(state.step, state.attempt), state.halted, bits)
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -97,7 +102,7 @@ class TrainingLoop:
         learning_rate = compute_learning_rate(setup.settings, step) * state.learning_rate_factor
         learning_rate *= learning_rate_factor(faults)
         setup.model.train()
-        setup.model.set_fake_quantization(setup.quantize_from_step is not None and step >= setup.quantize_from_step)
+        setup.prepare(setup.model, setup.widths.training_bits(step, state.width_index))
         result = train_step(
             setup.model,
             setup.objective,
@@ -140,7 +145,8 @@ class TrainingLoop:
         """Validate, judge, and keep, roll back or halt."""
         setup, state = self.setup, self.state
         self.progress.report(state)
-        judgement = setup.judge.judge(state, self.validated_model())
+        bits = setup.widths.widths[state.width_index]
+        judgement = setup.judge.judge(state, self.validated_model(), bits)
         is_best = judgement.is_best
         state.validations_since_best = 0 if is_best else state.validations_since_best + 1
         action = choose_action(judgement, state, setup.guard)
@@ -153,6 +159,7 @@ class TrainingLoop:
             best_step=state.step if is_best else state.best_step,
             verdict=judgement.verdict,
             reason=judgement.reason,
+            bits=bits,
             **judgement.figures,
         )
         if is_best:
@@ -160,6 +167,9 @@ class TrainingLoop:
             state.best_checkpoint = checkpoint_name(state.step, state.attempt)
             setup.store.unprotect(START)
         if action == "keep":
+            is_over = state.step == setup.settings.num_iterations
+            if judgement.is_held and not is_over and setup.widths.may_narrow(state.step, state.width_index):
+                self._narrow()
             self._save()
         elif action == "roll_back":
             self._roll_back(judgement.reason)
@@ -168,6 +178,19 @@ class TrainingLoop:
         else:
             self._halt(f"no new best in {state.validations_since_best} validations")
         self.progress.restart()
+
+    def _narrow(self) -> None:
+        """Go on with fewer bits: the checkpoint of this step is the new width's rollback target until it has a best."""
+        setup, state = self.setup, self.state
+        assert state.best_checkpoint is not None
+        here = checkpoint_name(state.step, state.attempt)
+        if state.held is not None:
+            setup.store.unprotect(state.held["checkpoint"])
+        state.held = {"checkpoint": state.best_checkpoint, "bits": setup.widths.widths[state.width_index]}
+        setup.store.protect(state.held["checkpoint"])
+        state.width_index += 1
+        state.best_step, state.best_checkpoint = state.step, here
+        setup.judge.start_width()
 
     def _after_rejection(self, result: StepResult) -> None:
         """Tell of a skipped batch; after some in a row go back to the best checkpoint, or halt."""
@@ -243,7 +266,7 @@ class TrainingLoop:
             averaged = type(model)(model.config, model.vocab_size).to(self.setup.device)
             averaged.load_state_dict(model.state_dict() | self.average.tensors)
             model = averaged
-        model.set_fake_quantization(False)
+        self.setup.prepare(model, UNROUNDED_BITS)
         return model.eval()
 
     def _save(self) -> None:
@@ -292,5 +315,7 @@ class TrainingLoop:
             self.setup.store.unprotect(START)
         else:
             self.setup.store.protect(START)
+        if self.state.held is not None:
+            self.setup.store.protect(self.state.held["checkpoint"])
         self._saved_executed_steps = self.state.executed_steps
         return differences

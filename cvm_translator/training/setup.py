@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,11 @@ from cvm_translator.training.guard import Judge
 from cvm_translator.training.objectives import Objective
 from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.state import LoopState
+from cvm_translator.training.widths import NO_COURSE, WidthCourse
+
+
+def leave_as_it_is(model: CvmTransformer, bits: int) -> None:
+    """The preparation of a model whose training knows nothing of rounding."""
 
 
 @dataclass
@@ -36,8 +42,10 @@ class LoopSetup:
     stop: StopRequest
     device: torch.device
     validate_every_steps: int
-    quantize_from_step: int | None = None
-    """First step that is fake-quantised; None: never."""
+    widths: WidthCourse = NO_COURSE
+    """The bit widths that training sees."""
+    prepare: Callable[[CvmTransformer, int], object] = leave_as_it_is
+    """Makes the model's forward pass round to so many bits (UNROUNDED_BITS: not at all)."""
     faults: list[FaultInjection] | None = None
     num_threads: int | None = None
     """The thread count that the config asks for, if it asks for one."""
@@ -52,3 +60,5 @@ class LoopOutcome:
     """Name of the checkpoint to deliver: the best one, or the last where the guard is off."""
     halted: str | None
     """Why the loop ended before `num_iterations`, if it did."""
+    bits: int
+    """The width at which the final checkpoint was judged."""

@@ -30,6 +30,10 @@ class LoopState:
     best_checkpoint: str | None = None
     validations_since_best: int = 0
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    width_index: int = 0
+    """Where in its course of bit widths the loop is."""
+    held: dict[str, Any] | None = None
+    """Checkpoint and bits of the width before: its quality was held, and it is delivered if this one's is not."""
     halted: str | None = None
     """Why the loop ended before its last step, if it did."""
 

@@ -64,6 +64,8 @@ class DistillationValidator:
         self.teacher: QualityMeasurement | None = None
         self.teacher_hypotheses: list[str] | None = None
         self.detector = self._build_detector()
+        self._reference_at: tuple[int, int] | None = None
+        self._reference: QualityMeasurement | None = None
         self._previous_at: tuple[int, int] | None = None
         self._previous: QualityMeasurement | None = None
         self._previous_counts: dict[str, int] | None = None
@@ -128,6 +130,18 @@ class DistillationValidator:
         self._remember(measurement, step, attempt, analysis["error_counts"])
         return result
 
+    def start_width(self) -> None:
+        """Look for a new best from now on, since the model is deployed with other bits; remember the old one."""
+        self._reference, self._reference_at = self.detector.best, self.detector.best_at
+        self.detector.start_new_best()
+
+    def is_held(self, measurement: QualityMeasurement) -> bool:
+        """Whether the drop from the best of the width before, if there was one, is within the margin."""
+        if self._reference is None:
+            return True
+        verdict = self.detector.compare(measurement, self._reference)
+        return verdict.drop is not None and verdict.drop <= verdict.margin
+
     def write_best_report(self, result: ValidationResult) -> Path:
         """Write best_model_validation_report.txt about this result."""
         write_text(self.files.report_path, format_best_report(result, self.detector))
@@ -140,12 +154,17 @@ class DistillationValidator:
         return {
             "set_sha256": self.set_sha256,
             "previous_at": list(self._previous_at) if self._previous_at else None,
+            "reference_at": list(self._reference_at) if self._reference_at else None,
             "detector": self.detector.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore after `score_teacher`; RunFolderError when a validation that is still needed is gone."""
         self.detector.load_state_dict(state["detector"], self._load_measurement)
+        self._reference_at, self._reference = None, None
+        if state["reference_at"] is not None:
+            step, attempt = (int(number) for number in state["reference_at"])
+            self._reference_at, self._reference = (step, attempt), self._load_measurement(step, attempt)
         self._previous_at, self._previous, self._previous_counts = None, None, None
         if state["previous_at"] is not None:
             step, attempt = (int(number) for number in state["previous_at"])

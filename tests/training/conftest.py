@@ -26,6 +26,7 @@ from cvm_translator.training.resume import delivered_weights
 from cvm_translator.training.setup import LoopOutcome, LoopSetup
 from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.state import LoopState, seed_everything
+from cvm_translator.training.widths import UNROUNDED_BITS, WidthCourse
 
 VOCAB = 24
 STUDENT = ModelConfig(
@@ -34,6 +35,12 @@ STUDENT = ModelConfig(
 TEACHER = ModelConfig(
     dim=24, num_heads=2, feed_forward_dim=32, encoder_layers=1, decoder_layers=1, dropout=0.0, max_length=16
 )
+
+LATE_INT8 = WidthCourse((8,), first_step=11)
+
+
+def round_weights(model: CvmTransformer, bits: int) -> None:
+    model.set_fake_quantization(bits < UNROUNDED_BITS)
 
 
 @pytest.fixture
@@ -67,22 +74,38 @@ class ScriptedJudge:
     """
 
     script: dict[tuple[int, int], str]
+    not_held: frozenset[int] = frozenset()
+    """Steps whose quality does not stand beside the width before."""
+    widths: list[int] = field(default_factory=list)
     judged: list[list[int]] = field(default_factory=list)
     seen_weights: list[torch.Tensor] = field(default_factory=list)
+    num_started: int = 0
+    """How often a new best was asked for."""
 
-    def judge(self, state: LoopState, model: CvmTransformer) -> Judgement:
+    def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
         assert not model.training
+        self.widths.append(bits)
         self.judged.append([state.attempt, state.step])
         self.seen_weights.append(next(model.parameters()).detach().clone())
         verdict = self.script.get((state.attempt, state.step), "improved")
         is_degraded = verdict in ("degraded", "emergency")
-        return Judgement(verdict, verdict in ("first", "improved"), is_degraded, f"it is {verdict}", {"drop": 0.1})
+        is_held = not is_degraded and state.step not in self.not_held
+        return Judgement(
+            verdict, verdict in ("first", "improved"), is_degraded, f"it is {verdict}", {"drop": 0.1}, is_held
+        )
+
+    def start_width(self) -> None:
+        self.num_started += 1
+
+    def is_best_held(self) -> bool:
+        return self.judged[-1][1] not in self.not_held
 
     def state_dict(self) -> dict[str, Any]:
-        return {"judged": self.judged}
+        return {"judged": self.judged, "num_started": self.num_started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.judged = [list(pair) for pair in state["judged"]]
+        self.num_started = state["num_started"]
 
 
 @dataclass
@@ -103,6 +126,8 @@ class LoopBench:
         faults: list[dict[str, Any]] | None = None,
         folder: str = "run",
         stop: StopRequest | None = None,
+        widths: WidthCourse = LATE_INT8,
+        not_held: frozenset[int] = frozenset(),
         **settings: Any,
     ) -> TrainingLoop:
         plain = {"num_iterations": 20, "batch_size": 8, "warmup_steps": 2, "learning_rate": 5e-3}
@@ -122,11 +147,12 @@ class LoopBench:
                 batches=BatchSchedule(self.dataset.lengths, training.batch_size, seed=5),
                 store=CheckpointStore(root / "checkpoints", report=self.reports.append),
                 events=EventWriter(root / "events.jsonl"),
-                judge=ScriptedJudge(script or {}),
+                judge=ScriptedJudge(script or {}, not_held),
                 stop=stop or StopRequest(),
                 device=torch.device("cpu"),
                 validate_every_steps=5,
-                quantize_from_step=11,
+                widths=widths,
+                prepare=round_weights,
                 faults=[FaultInjection(**fault) for fault in faults or []],
                 num_threads=1,
             )

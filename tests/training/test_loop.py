@@ -42,11 +42,12 @@ def test_a_last_step_off_the_cadence_is_validated(bench: Any) -> None:
 def test_fake_quantisation_begins_on_its_step(bench: Any) -> None:
     loop = bench.build()
     seen = []
-    original = loop.setup.model.set_fake_quantization
-    loop.setup.model.set_fake_quantization = lambda on: (seen.append((loop.state.step + 1, on)), original(on))
+    original = loop.setup.prepare
+    loop.setup.prepare = lambda model, bits: (seen.append((loop.state.step + 1, bits)), original(model, bits))
     loop.run()
     training = dict(seen)  # the last call for a step is the one before its forward pass
-    assert [step for step, on in training.items() if on] == list(range(11, 21))
+    assert [step for step, bits in training.items() if bits == 8] == list(range(11, 21))
+    assert loop.setup.judge.widths == [8] * 4
 
 
 def test_the_averaged_weights_are_validated_and_delivered(bench: Any) -> None:

@@ -1,0 +1,112 @@
+"""From a run's quantisation settings to what rounds, converts and names its student.
+
+The student that a validation scores and the one that is delivered are made here by one function, so that they are in the
+same number format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from cvm_translator.config.schema import QuantizationConfig, RunConfig
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.errors import ConfigError
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.quantization import AdvancedQuantizer, MemoryOptimizedQuantizer, QuantizationType, convert_with_plan
+from cvm_translator.runs import atomic
+from cvm_translator.training.judges import Deploy
+from cvm_translator.training.widths import UNROUNDED_BITS, WidthCourse
+
+CALIBRATION_BATCH = 32
+
+Calibrate = Callable[[nn.Module], object]
+
+
+def build_course(config: RunConfig) -> WidthCourse:
+    """The bit widths that training passes through; one that knows nothing of rounding where it is rounded later."""
+    settings = config.quantization
+    if settings.method not in ("qat", "progressive"):
+        return WidthCourse((settings.bits,), first_step=config.distillation.num_iterations + 1)
+    first_step = int(settings.start_fraction * config.distillation.num_iterations) + 1
+    return WidthCourse(settings.width_schedule, first_step)
+
+
+def build_quantizer(settings: QuantizationConfig, bits: int) -> AdvancedQuantizer:
+    """The quantiser at a width of the course; 16 bits are float16 weights, whatever the method."""
+    method = QuantizationType(settings.method)
+    if bits == UNROUNDED_BITS and method is not QuantizationType.WEIGHT_ONLY:
+        method = QuantizationType.WEIGHT_ONLY
+    group_size = None if settings.group_size == "row" else settings.group_size
+    return AdvancedQuantizer(method, bits, group_size=group_size, symmetric=settings.symmetric)
+
+
+def build_prepare(settings: QuantizationConfig) -> Callable[[CvmTransformer, int], object]:
+    """Makes a model's forward pass round as the deployed one will at some width; at UNROUNDED_BITS not at all."""
+    quantizers = {bits: build_quantizer(settings, bits) for bits in settings.width_schedule if bits != UNROUNDED_BITS}
+
+    def prepare(model: CvmTransformer, bits: int) -> None:
+        if bits == UNROUNDED_BITS:
+            model.set_fake_quantization(False)
+        else:
+            quantizers[bits].prepare(model)
+
+    return prepare
+
+
+def build_deploy(settings: QuantizationConfig, calibrate: Calibrate) -> Deploy:
+    """From the float student to a copy as it is deployed at some width."""
+    if settings.method == "none":
+        return lambda model, bits: model
+    if settings.method == "mixed":
+        return lambda model, bits: convert_with_plan(model, choose_plan(settings, model, calibrate))
+    return lambda model, bits: build_quantizer(settings, bits).convert(model, calibrate)
+
+
+def choose_plan(settings: QuantizationConfig, model: CvmTransformer, calibrate: Calibrate) -> dict[str, Any]:
+    """Method mixed: the plan that is named, or the one that meets the target with the least loss."""
+    if settings.plan is not None:
+        return load_plan(settings.plan)
+    raise NotImplementedError
+
+
+def name_format(settings: QuantizationConfig, bits: int) -> str | None:
+    """The folder of the deployed student: int8, int4, float16 or mixed; None where only the float one is wanted."""
+    if settings.method == "none":
+        return None
+    return "mixed" if settings.method == "mixed" else "float16" if bits == UNROUNDED_BITS else f"int{bits}"
+
+
+def build_calibration(dataset: DistillationDataset, num_sentences: int, seed: int) -> Calibrate:
+    """Puts a fixed choice of training sentences through a model, teacher-forced."""
+    chosen = np.random.default_rng([seed, 4]).permutation(len(dataset))[:num_sentences]
+    chosen = chosen[np.argsort(dataset.lengths[chosen, 1], kind="stable")]
+
+    @torch.no_grad()
+    def calibrate(model: nn.Module) -> None:
+        for start in range(0, len(chosen), CALIBRATION_BATCH):
+            batch = dataset.batch(chosen[start : start + CALIBRATION_BATCH])
+            model(batch.src, batch.src_mask, batch.tgt_in)
+
+    return calibrate
+
+
+def load_plan(path: Path) -> dict[str, Any]:
+    """A plan written by `save_plan`, perhaps edited since."""
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a quantisation plan ({error})") from error
+    if not isinstance(plan, dict) or not isinstance(plan.get("layers"), dict):
+        raise ConfigError(f"{path}: is no quantisation plan, which has a mapping `layers`")
+    return plan
+
+
+def save_plan(path: Path, plan: dict[str, Any]) -> None:
+    atomic.write_text(path, yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))

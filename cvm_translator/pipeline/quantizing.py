@@ -1,0 +1,127 @@
+"""Quantising a trained student after the fact, judged as deployed before it is kept: `cvm-translator quantize`.
+
+Guarantees: the float model is never touched; the quantised one is written beside the target, loaded from its files in a
+fresh process, compared with the float one on sentences that training has not seen, and only then renamed into place.
+One that loses more than was allowed is never written. Refuses models that are quantised already, methods that need
+sentences to calibrate on without them, and folders that exist.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cvm_translator.config.schema import QuantizationConfig
+from cvm_translator.corpus.build import load_split
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.corpus.records import Pair
+from cvm_translator.errors import ConfigError, ModelError
+from cvm_translator.models.folder import CONFIG_FILE, LoadedModel, load_model, save_model
+from cvm_translator.pipeline.comparison import FolderComparison, compare_folders, find_run, refuse_loss
+from cvm_translator.pipeline.formats import Calibrate, build_calibration, build_deploy, choose_plan, save_plan
+from cvm_translator.pipeline.scoring import read_pairs
+from cvm_translator.quantization import convert_with_plan
+from cvm_translator.runs.atomic import TEMPORARY_PREFIX
+
+PLAN_FILE = "quantization_plan.yaml"
+CALIBRATION_SEED = 13
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What `quantize` is asked for."""
+
+    model: Path
+    output: Path
+    settings: QuantizationConfig
+    calibration: Path | None = None
+    """TSV of training pairs; default: those of the run that the model belongs to."""
+    pairs: Path | None = None
+    """TSV to be judged on; default: the validation set of the run that the model belongs to."""
+    max_drop: float | None = None
+    """BLEU points that may be lost."""
+
+
+def quantize_folder(request: QuantizeRequest, report: Callable[[str], None]) -> FolderComparison | None:
+    """Quantise, judge and keep; returns the comparison, or None where there was nothing to judge on."""
+    source = find_float_folder(request.model)
+    _refuse_existing(request.output)
+    judged_on = _find_pairs(request.pairs, source, "validation")
+    if judged_on is None and request.max_drop is not None:
+        raise ConfigError(f"--max-drop: {source} belongs to no run, so name sentences to judge on with --pairs FILE.tsv")
+    loaded = load_model(source)
+    calibrate = _build_calibrate(request, source, loaded)
+    model, plan = loaded.model, None
+    if request.settings.method == "mixed":
+        plan = choose_plan(request.settings, model, calibrate)
+        report(plan["message"] if "message" in plan else f"plan of {request.settings.plan}")
+        converted = convert_with_plan(model, plan, calibrate)
+    else:
+        converted = build_deploy(request.settings, calibrate)(model, request.settings.bits)
+    temporary = request.output.parent / f"{TEMPORARY_PREFIX}{request.output.name}-{uuid.uuid4().hex[:8]}"
+    described = loaded.config
+    try:
+        save_model(
+            temporary,
+            converted,
+            loaded.tokenizer,
+            source_language=described["source_language"],
+            target_language=described["target_language"],
+            metadata=described["metadata"] | {"quantization": request.settings.model_dump(mode="json")},
+        )
+        if plan is not None:
+            save_plan(temporary / PLAN_FILE, plan)
+        comparison = None
+        if judged_on is None:
+            report(f"not judged: {source} belongs to no run; name sentences with --pairs FILE.tsv to have it judged")
+        else:
+            comparison = compare_folders(source, temporary, judged_on, described["target_language"])
+            if request.max_drop is not None:
+                refuse_loss(comparison, request.max_drop)
+        _refuse_existing(request.output)
+        temporary.rename(request.output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return comparison
+
+
+def find_float_folder(path: Path) -> Path:
+    """The folder itself, or the `float` one in a run's `student` folder."""
+    return path / "float" if (path / "float" / CONFIG_FILE).is_file() else path
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ModelError(f"{output} exists already: remove it or choose another folder")
+
+
+def _find_pairs(named: Path | None, model: Path, split: str) -> Sequence[Pair] | None:
+    if named is not None:
+        return read_pairs(named)
+    run = find_run(model)
+    return None if run is None else load_split(run.corpus, split)
+
+
+def _build_calibrate(request: QuantizeRequest, source: Path, loaded: LoadedModel) -> Calibrate:
+    """Puts training sentences through a model; raises ConfigError where the method needs some and there are none."""
+    needs_data = request.settings.method == "static" or (
+        request.settings.method == "mixed" and request.settings.plan is None
+    )
+    if not needs_data:
+        return _no_calibration
+    pairs = _find_pairs(request.calibration, source, "train")
+    if pairs is None:
+        raise ConfigError(
+            f"method {request.settings.method} calibrates on training sentences, and {source} belongs to no run:"
+            " name some with --calibration FILE.tsv"
+        )
+    dataset = DistillationDataset.from_pairs(pairs, loaded.tokenizer, loaded.model.config.max_length)
+    return build_calibration(dataset, request.settings.calibration_sentences, CALIBRATION_SEED)
+
+
+def _no_calibration(model: Any) -> None:
+    raise AssertionError("this method calibrates on nothing")
