@@ -46,11 +46,16 @@ class QuantizeRequest:
     """BLEU points that may be lost."""
 
 
-def quantize_folder(request: QuantizeRequest, report: Callable[[str], None]) -> FolderComparison | None:
-    """Quantise, judge and keep; returns the comparison, or None where there was nothing to judge on."""
+def quantize_folder(
+    request: QuantizeRequest, report: Callable[[str], None], *, judge: bool = True
+) -> FolderComparison | None:
+    """Quantise, judge and keep; returns the comparison, or None where there was nothing to judge on.
+
+    Without `judge` the model is only written: for callers that judge it themselves.
+    """
     source = find_float_folder(request.model)
     _refuse_existing(request.output)
-    judged_on = _find_pairs(request.pairs, source, "validation")
+    judged_on = _find_pairs(request.pairs, source, "validation") if judge else None
     if judged_on is None and request.max_drop is not None:
         raise ConfigError(f"--max-drop: {source} belongs to no run, so name sentences to judge on with --pairs FILE.tsv")
     loaded = load_model(source)
@@ -76,9 +81,9 @@ def quantize_folder(request: QuantizeRequest, report: Callable[[str], None]) -> 
         if plan is not None:
             save_plan(temporary / PLAN_FILE, plan)
         comparison = None
-        if judged_on is None:
+        if judged_on is None and judge:
             report(f"not judged: {source} belongs to no run; name sentences with --pairs FILE.tsv to have it judged")
-        else:
+        elif judged_on is not None:
             comparison = compare_folders(source, temporary, judged_on, described["target_language"])
             if request.max_drop is not None:
                 refuse_loss(comparison, request.max_drop)
