@@ -396,7 +396,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     target = quantize.add_mutually_exclusive_group()
     target.add_argument(
-        "--target-ratio", dest="target_compression_ratio", type=float, metavar="R", help="mixed: float32 bytes over ours"
+        "--target-ratio",
+        dest="target_compression_ratio",
+        type=float,
+        metavar="R",
+        help="mixed: float32 bytes over ours",
     )
     target.add_argument("--target-mib", type=float, metavar="MIB", help="mixed: size of the weights")
     target.add_argument("--plan", type=Path, metavar="FILE", help="mixed: a plan to use as it is")

@@ -452,9 +452,7 @@ class QuantizationConfig(Settings):
     def _fits_the_method(self) -> QuantizationConfig:
         known = METHOD_BITS[self.method]
         if known and self.bits not in known:
-            raise ValueError(
-                f"method {self.method} has no {self.bits} bits: it has {' or '.join(map(str, known))}"
-            )
+            raise ValueError(f"method {self.method} has no {self.bits} bits: it has {' or '.join(map(str, known))}")
         if self.widths is not None:
             if self.method != "progressive":
                 raise ValueError("widths belongs to method progressive: leave it out, or set that method")

@@ -24,7 +24,6 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.arrange import arrange_gate, arrange_scores, negate
 from cvm_translator.pipeline.cards import build_metadata, build_model_card
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
-from cvm_translator.pipeline.measure import measure_folder
 from cvm_translator.pipeline.formats import (
     build_calibration,
     build_deploy,
@@ -32,6 +31,7 @@ from cvm_translator.pipeline.formats import (
     name_format,
     save_plan,
 )
+from cvm_translator.pipeline.measure import measure_folder
 from cvm_translator.pipeline.parts import build_dataset, save_model_folder
 from cvm_translator.pipeline.student import StudentOutcome
 from cvm_translator.pipeline.teacher import Teacher

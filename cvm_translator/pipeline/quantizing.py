@@ -57,7 +57,9 @@ def quantize_folder(
     _refuse_existing(request.output)
     judged_on = _find_pairs(request.pairs, source, "validation") if judge else None
     if judged_on is None and request.max_drop is not None:
-        raise ConfigError(f"--max-drop: {source} belongs to no run, so name sentences to judge on with --pairs FILE.tsv")
+        raise ConfigError(
+            f"--max-drop: {source} belongs to no run, so name sentences to judge on with --pairs FILE.tsv"
+        )
     loaded = load_model(source)
     calibrate = _build_calibrate(request, source, loaded)
     model, plan = loaded.model, None

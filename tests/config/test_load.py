@@ -89,7 +89,7 @@ REFUSED_KEYWORDS = [
     ({"guard": {"max_rolbacks": 1}}, "unknown setting guard.max_rolbacks: did you mean guard.max_rollbacks?"),
     ({"temperature": 2.0, "beam_size": 4}, "unknown setting beam_size: did you mean validation.beam_size?"),
     ({"teacher": {"model": {"dimension": 8}}}, "teacher.model.dimension: did you mean teacher.model.dim?"),
-    ({"quantization": {"xyzzy": 1}}, "unknown setting quantization.xyzzy: known here are bits, calibration_sentences, "),
+    ({"quantization": {"xyzzy": 1}}, "unknown setting quantization.xyzzy: known here are bits, "),
     ({"alpha": 0.5, "distillation": {"alpha": 0.6}}, "alpha=0.5 contradicts distillation.alpha=0.6"),
     ({"validation_frequency": 10, "validation": {"every_steps": 20}}, "contradicts validation.every_steps=20"),
     ({"alpha": 0, "beta": 0}, "alpha and beta are both 0"),
