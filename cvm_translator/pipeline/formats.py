@@ -1,7 +1,7 @@
 """From a run's quantisation settings to what rounds, converts and names its student.
 
-The student that a validation scores and the one that is delivered are made here by one function, so that they are in the
-same number format.
+The student that a validation scores and the one that is delivered are made here by one function, so that they are in
+the same number format.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def quantize_folder(
     model, plan = loaded.model, None
     if request.settings.method == "mixed":
         plan = choose_plan(request.settings, model, calibrate)
-        report(plan["message"] if "message" in plan else f"plan of {request.settings.plan}")
+        report(plan.get("message", f"plan of {request.settings.plan}"))
         converted = convert_with_plan(model, plan, calibrate)
     else:
         converted = build_deploy(request.settings, calibrate)(model, request.settings.bits)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from cvm_translator.checkpoints.store import CheckpointStore
-from cvm_translator.config.schema import RunConfig
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.tokenizer import Tokenizer

@@ -1,8 +1,8 @@
 """The bit widths that training passes through, and when one gives way to the next.
 
-A course has one width for quantisation-aware training, and falling ones for progressive quantisation (16, 8, 4). A width
-gives way at a validation whose verdict is sound and whose quality is held against the best of the width before. From
-then on a new best is looked for, since scores at different widths do not compare. At the end the last width is
+A course has one width for quantisation-aware training, and falling ones for progressive quantisation (16, 8, 4). A
+width gives way at a validation whose verdict is sound and whose quality is held against the best of the width before.
+From then on a new best is looked for, since scores at different widths do not compare. At the end the last width is
 delivered if its quality was held; otherwise the one before it, which was.
 """
 
