@@ -80,8 +80,8 @@ def build_folders(run: Path, qat4: Path | None, work: Path) -> dict[str, Path]:
             folders[variant.name] = student / variant.folder
         else:
             folders[variant.name] = _quantize(student / "float", variant.name, dict(variant.settings or {}), work)
-    target = _num_bytes(folders[UNIFORM]) / 2**20
-    settings = {"method": "mixed", "target_mib": target}
+    target = _num_bytes(folders[UNIFORM]) / 1e6
+    settings = {"method": "mixed", "target_megabytes": target}
     folders[EQUAL_BYTES] = _quantize(student / "float", EQUAL_BYTES, settings, work)
     if qat4 is not None:
         folders[QAT4] = RunLayout(qat4).student / "int4"

@@ -247,7 +247,7 @@ def _quantize(options: Options) -> int:
     from cvm_translator.pipeline.comparison import format_comparison
     from cvm_translator.pipeline.quantizing import QuantizeRequest, quantize_folder
 
-    names = ("method", "bits", "group_size", "symmetric", "target_compression_ratio", "target_mib", "plan")
+    names = ("method", "bits", "group_size", "symmetric", "target_compression_ratio", "target_megabytes", "plan")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     request = QuantizeRequest(
         options.model,
@@ -402,7 +402,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="R",
         help="mixed: float32 bytes over ours",
     )
-    target.add_argument("--target-mib", type=float, metavar="MIB", help="mixed: size of the weights")
+    target.add_argument("--target-megabytes", type=float, metavar="MB", help="mixed: size of the weights")
     target.add_argument("--plan", type=Path, metavar="FILE", help="mixed: a plan to use as it is")
     quantize.add_argument(
         "--calibration", type=Path, metavar="TSV", help="training pairs to calibrate on (default: the run's)"

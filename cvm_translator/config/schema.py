@@ -436,8 +436,8 @@ class QuantizationConfig(Settings):
     """Training sentences that static calibrates on, and by which mixed tells the layers' sensitivity."""
     target_compression_ratio: float | None = Field(None, gt=1.0)
     """For mixed: float32 bytes over deployed bytes."""
-    target_mib: float | None = Field(None, gt=0.0)
-    """For mixed: size of the deployed weights."""
+    target_megabytes: float | None = Field(None, gt=0.0)
+    """For mixed: size of the deployed weights, in 10⁶ bytes."""
     plan: Path | None = None
     """For mixed: a plan to use as it is (quantization_plan.yaml of another run, perhaps edited)."""
 
@@ -459,11 +459,11 @@ class QuantizationConfig(Settings):
             is_falling = all(wide > narrow for wide, narrow in pairwise(self.widths))
             if not (is_falling and self.widths and self.widths[-1] == self.bits):
                 raise ValueError(f"widths {self.widths} must fall and end in bits, {self.bits}")
-        targets = {"target_compression_ratio", "target_mib", "plan"}
+        targets = {"target_compression_ratio", "target_megabytes", "plan"}
         given = sorted(name for name in targets if getattr(self, name) is not None)
         if self.method == "mixed" and len(given) != 1:
             raise ValueError(
-                f"method mixed needs one of target_compression_ratio, target_mib and plan, got {given or 'none'}"
+                f"method mixed needs one of target_compression_ratio, target_megabytes and plan, got {given or 'none'}"
             )
         if self.method != "mixed" and given:
             raise ValueError(f"{given[0]} belongs to method mixed: leave it out, or set that method")

@@ -25,7 +25,7 @@ from cvm_translator.pipeline.arrange import arrange_gate, arrange_scores, negate
 from cvm_translator.pipeline.cards import build_metadata, build_model_card
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
 from cvm_translator.pipeline.formats import (
-    build_calibration,
+    Calibration,
     build_deploy,
     choose_plan,
     name_format,
@@ -86,14 +86,14 @@ def _convert(
     """The student as the validations scored it; for method mixed, its plan is written beside it, to be used again."""
     settings = context.config.quantization
     dataset = build_dataset(context, corpus.train, tokenizer, student.config, teacher.model.config)
-    calibrate = build_calibration(dataset, settings.calibration_sentences, context.config.seed)
+    calibration = Calibration(dataset, settings.calibration_sentences, context.config.seed)
     if settings.method != "mixed":
-        return build_deploy(settings, calibrate)(student, bits)
-    plan = choose_plan(settings, student, calibrate)
+        return build_deploy(settings, calibration)(student, bits)
+    plan = choose_plan(settings, student, calibration)
     save_plan(context.layout.student / "quantization_plan.yaml", plan)
     if not plan.get("target_met", True):
         context.warn("quantization", f"quantisation plan: {plan['message']}")
-    return convert_with_plan(student, plan)
+    return convert_with_plan(student, plan["plan"], calibration.run)
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:

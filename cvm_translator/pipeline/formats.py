@@ -6,27 +6,34 @@ the same number format.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from cvm_translator.config.schema import QuantizationConfig, RunConfig
-from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.corpus.dataset import Batch, DistillationDataset
 from cvm_translator.errors import ConfigError
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.quantization import AdvancedQuantizer, MemoryOptimizedQuantizer, QuantizationType, convert_with_plan
+from cvm_translator.quantization import (
+    AdvancedQuantizer,
+    MemoryOptimizedQuantizer,
+    QuantizationType,
+    check_plan,
+    convert_with_plan,
+)
 from cvm_translator.runs import atomic
 from cvm_translator.training.judges import Deploy
+from cvm_translator.training.objectives import find_real_targets
 from cvm_translator.training.widths import UNROUNDED_BITS, WidthCourse
 
 CALIBRATION_BATCH = 32
-
-Calibrate = Callable[[nn.Module], object]
+CALIBRATION_STREAM = 4
+"""Sets the choice of sentences apart from the other things that a run's seed decides."""
 
 
 def build_course(config: RunConfig) -> WidthCourse:
@@ -40,9 +47,7 @@ def build_course(config: RunConfig) -> WidthCourse:
 
 def build_quantizer(settings: QuantizationConfig, bits: int) -> AdvancedQuantizer:
     """The quantiser at a width of the course; 16 bits are float16 weights, whatever the method."""
-    method = QuantizationType(settings.method)
-    if bits == UNROUNDED_BITS and method is not QuantizationType.WEIGHT_ONLY:
-        method = QuantizationType.WEIGHT_ONLY
+    method = QuantizationType.WEIGHT_ONLY if bits == UNROUNDED_BITS else QuantizationType(settings.method)
     group_size = None if settings.group_size == "row" else settings.group_size
     return AdvancedQuantizer(method, bits, group_size=group_size, symmetric=settings.symmetric)
 
@@ -60,20 +65,32 @@ def build_prepare(settings: QuantizationConfig) -> Callable[[CvmTransformer, int
     return prepare
 
 
-def build_deploy(settings: QuantizationConfig, calibrate: Calibrate) -> Deploy:
+def build_deploy(settings: QuantizationConfig, calibration: Calibration) -> Deploy:
     """From the float student to a copy as it is deployed at some width."""
     if settings.method == "none":
         return lambda model, bits: model
     if settings.method == "mixed":
-        return lambda model, bits: convert_with_plan(model, choose_plan(settings, model, calibrate))
-    return lambda model, bits: build_quantizer(settings, bits).convert(model, calibrate)
+        return lambda model, bits: convert_with_plan(
+            model, choose_plan(settings, model, calibration)["plan"], calibration.run
+        )
+    return lambda model, bits: build_quantizer(settings, bits).convert(model, calibration.run)
 
 
-def choose_plan(settings: QuantizationConfig, model: CvmTransformer, calibrate: Calibrate) -> dict[str, Any]:
+def check_settings(settings: QuantizationConfig, model: CvmTransformer) -> None:
+    """Refuse a named plan that does not fit the model, before anything is trained. Raises ConfigError."""
+    if settings.plan is not None:
+        try:
+            check_plan(model, load_plan(settings.plan)["plan"])
+        except ValueError as error:
+            raise ConfigError(f"{settings.plan}: {error}") from error
+
+
+def choose_plan(settings: QuantizationConfig, model: CvmTransformer, calibration: Calibration) -> dict[str, Any]:
     """Method mixed: the plan that is named, or the one that meets the target with the least loss."""
     if settings.plan is not None:
         return load_plan(settings.plan)
-    raise NotImplementedError
+    quantizer = MemoryOptimizedQuantizer(settings.target_compression_ratio, target_megabytes=settings.target_megabytes)
+    return quantizer.plan(model, calibration.compute_logits)
 
 
 def name_format(settings: QuantizationConfig, bits: int) -> str | None:
@@ -83,18 +100,33 @@ def name_format(settings: QuantizationConfig, bits: int) -> str | None:
     return "mixed" if settings.method == "mixed" else "float16" if bits == UNROUNDED_BITS else f"int{bits}"
 
 
-def build_calibration(dataset: DistillationDataset, num_sentences: int, seed: int) -> Calibrate:
-    """Puts a fixed choice of training sentences through a model, teacher-forced."""
-    chosen = np.random.default_rng([seed, 4]).permutation(len(dataset))[:num_sentences]
-    chosen = chosen[np.argsort(dataset.lengths[chosen, 1], kind="stable")]
+class Calibration:
+    """A fixed choice of training sentences, which runs through models teacher-forced; built at its first use."""
+
+    def __init__(self, dataset: DistillationDataset, num_sentences: int, seed: int) -> None:
+        chosen = np.random.default_rng([seed, CALIBRATION_STREAM]).permutation(len(dataset))[:num_sentences]
+        self._chosen = chosen[np.argsort(dataset.lengths[chosen, 1], kind="stable")]
+        self._dataset = dataset
 
     @torch.no_grad()
-    def calibrate(model: nn.Module) -> None:
-        for start in range(0, len(chosen), CALIBRATION_BATCH):
-            batch = dataset.batch(chosen[start : start + CALIBRATION_BATCH])
+    def run(self, model: nn.Module) -> None:
+        """Put the sentences through the model."""
+        for batch in self._batches(model):
             model(batch.src, batch.src_mask, batch.tgt_in)
 
-    return calibrate
+    @torch.no_grad()
+    def compute_logits(self, model: nn.Module) -> Tensor:
+        """Logits (N, V) at the real target tokens."""
+        logits = []
+        for batch in self._batches(model):
+            hidden, matrix = model(batch.src, batch.src_mask, batch.tgt_in)
+            logits.append(hidden.flatten(0, 1)[find_real_targets(batch)] @ matrix.T)
+        return torch.cat(logits)
+
+    def _batches(self, model: nn.Module) -> Iterator[Batch]:
+        device = next(iter(model.state_dict().values())).device
+        for start in range(0, len(self._chosen), CALIBRATION_BATCH):
+            yield self._dataset.batch(self._chosen[start : start + CALIBRATION_BATCH]).to(device)
 
 
 def load_plan(path: Path) -> dict[str, Any]:
@@ -103,8 +135,8 @@ def load_plan(path: Path) -> dict[str, Any]:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as a quantisation plan ({error})") from error
-    if not isinstance(plan, dict) or not isinstance(plan.get("layers"), dict):
-        raise ConfigError(f"{path}: is no quantisation plan, which has a mapping `layers`")
+    if not isinstance(plan, dict) or not isinstance(plan.get("plan"), dict):
+        raise ConfigError(f"{path}: is no quantisation plan, which maps each layer to its format under `plan`")
     return plan
 
 

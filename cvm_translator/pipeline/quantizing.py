@@ -21,8 +21,9 @@ from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import ConfigError, ModelError
 from cvm_translator.models.folder import CONFIG_FILE, LoadedModel, load_model, save_model
+from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.comparison import FolderComparison, compare_folders, find_run, refuse_loss
-from cvm_translator.pipeline.formats import Calibrate, build_calibration, build_deploy, choose_plan, save_plan
+from cvm_translator.pipeline.formats import Calibration, build_deploy, choose_plan, save_plan
 from cvm_translator.pipeline.scoring import read_pairs
 from cvm_translator.quantization import convert_with_plan
 from cvm_translator.runs.atomic import TEMPORARY_PREFIX
@@ -61,14 +62,10 @@ def quantize_folder(
             f"--max-drop: {source} belongs to no run, so name sentences to judge on with --pairs FILE.tsv"
         )
     loaded = load_model(source)
-    calibrate = _build_calibrate(request, source, loaded)
-    model, plan = loaded.model, None
-    if request.settings.method == "mixed":
-        plan = choose_plan(request.settings, model, calibrate)
+    calibration = _build_calibration(request, source, loaded)
+    converted, plan = _convert(request, source, loaded, calibration)
+    if plan is not None:
         report(plan.get("message", f"plan of {request.settings.plan}"))
-        converted = convert_with_plan(model, plan, calibrate)
-    else:
-        converted = build_deploy(request.settings, calibrate)(model, request.settings.bits)
     temporary = request.output.parent / f"{TEMPORARY_PREFIX}{request.output.name}-{uuid.uuid4().hex[:8]}"
     described = loaded.config
     try:
@@ -96,6 +93,20 @@ def quantize_folder(
     return comparison
 
 
+def _convert(
+    request: QuantizeRequest, source: Path, loaded: LoadedModel, calibration: Calibration
+) -> tuple[CvmTransformer, dict[str, Any] | None]:
+    """The deployed model and, for method mixed, its plan."""
+    settings = request.settings
+    try:
+        if settings.method != "mixed":
+            return build_deploy(settings, calibration)(loaded.model, settings.bits), None
+        plan = choose_plan(settings, loaded.model, calibration)
+        return convert_with_plan(loaded.model, plan["plan"], calibration.run), plan
+    except ValueError as error:  # layers that no grid can hold, a plan for another model, a quantised model
+        raise ModelError(f"{settings.plan or source}: {error}") from error
+
+
 def find_float_folder(path: Path) -> Path:
     """The folder itself, or the `float` one in a run's `student` folder."""
     return path / "float" if (path / "float" / CONFIG_FILE).is_file() else path
@@ -113,22 +124,15 @@ def _find_pairs(named: Path | None, model: Path, split: str) -> Sequence[Pair] |
     return None if run is None else load_split(run.corpus, split)
 
 
-def _build_calibrate(request: QuantizeRequest, source: Path, loaded: LoadedModel) -> Calibrate:
-    """Puts training sentences through a model; raises ConfigError where the method needs some and there are none."""
-    needs_data = request.settings.method == "static" or (
-        request.settings.method == "mixed" and request.settings.plan is None
-    )
-    if not needs_data:
-        return _no_calibration
-    pairs = _find_pairs(request.calibration, source, "train")
+def _build_calibration(request: QuantizeRequest, source: Path, loaded: LoadedModel) -> Calibration:
+    """Training sentences, none where the method needs none; ConfigError where it does and there are none."""
+    settings = request.settings
+    needs_data = settings.method == "static" or (settings.method == "mixed" and settings.plan is None)
+    pairs = _find_pairs(request.calibration, source, "train") if needs_data or request.calibration else []
     if pairs is None:
         raise ConfigError(
-            f"method {request.settings.method} calibrates on training sentences, and {source} belongs to no run:"
+            f"method {settings.method} calibrates on training sentences, and {source} belongs to no run:"
             " name some with --calibration FILE.tsv"
         )
     dataset = DistillationDataset.from_pairs(pairs, loaded.tokenizer, loaded.model.config.max_length)
-    return build_calibration(dataset, request.settings.calibration_sentences, CALIBRATION_SEED)
-
-
-def _no_calibration(model: Any) -> None:
-    raise AssertionError("this method calibrates on nothing")
+    return Calibration(dataset, settings.calibration_sentences, CALIBRATION_SEED)

@@ -21,7 +21,7 @@ from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.initialization import init_from_teacher, init_random
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
-from cvm_translator.pipeline.formats import build_calibration, build_course, build_deploy, build_prepare
+from cvm_translator.pipeline.formats import Calibration, build_course, build_deploy, build_prepare, check_settings
 from cvm_translator.pipeline.parts import (
     build_dataset,
     build_judge,
@@ -86,7 +86,8 @@ def _run_loop(
     validation = ValidationConfig.from_run(config, str(context.device))
     validator = build_validator(context, corpus, tokenizer, validation, context.layout.validation)
     record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)
-    calibrate = build_calibration(dataset, config.quantization.calibration_sentences, config.seed)
+    check_settings(config.quantization, student)
+    calibration = Calibration(dataset, config.quantization.calibration_sentences, config.seed)
     preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"])
     preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
     context.note(describe_preflight(preflight))
@@ -110,7 +111,7 @@ def _run_loop(
                 corpus,
                 tokenizer,
                 config.student.model,
-                build_deploy(config.quantization, calibrate),
+                build_deploy(config.quantization, calibration),
             ),
             stop=context.stop,
             device=context.device,

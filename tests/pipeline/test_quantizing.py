@@ -49,8 +49,8 @@ def test_a_plan_is_read_edited_and_used_again(whole_run: Any, numbers: Any, tmp_
     numbers.run("quantize", "--model", model, "--output", tmp_path / "a", "--method", "mixed", "--target-ratio", "4.5")
     path = tmp_path / "a" / "quantization_plan.yaml"
     plan = yaml.safe_load(path.read_text())
-    name = next(iter(plan["layers"]))
-    plan["layers"][name] = {"kind": "float32"}
+    name = next(iter(plan["plan"]))
+    plan["plan"][name] = {"kind": "float32"}
     edited = tmp_path / "edited.yaml"
     edited.write_text(yaml.safe_dump(plan))
     done = numbers.run("quantize", "--model", model, "--output", tmp_path / "b", "--method", "mixed", "--plan", edited)
