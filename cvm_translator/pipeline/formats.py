@@ -79,8 +79,9 @@ def build_deploy(settings: QuantizationConfig, calibration: Calibration) -> Depl
 def check_settings(settings: QuantizationConfig, model: CvmTransformer) -> None:
     """Refuse a named plan that does not fit the model, before anything is trained. Raises ConfigError."""
     if settings.plan is not None:
+        plan = load_plan(settings.plan)
         try:
-            check_plan(model, load_plan(settings.plan)["plan"])
+            check_plan(model, plan["plan"])
         except ValueError as error:
             raise ConfigError(f"{settings.plan}: {error}") from error
 

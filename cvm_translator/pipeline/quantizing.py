@@ -19,7 +19,7 @@ from cvm_translator.config.schema import QuantizationConfig
 from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.records import Pair
-from cvm_translator.errors import ConfigError, ModelError
+from cvm_translator.errors import ConfigError, CvmError, ModelError
 from cvm_translator.models.folder import CONFIG_FILE, LoadedModel, load_model, save_model
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.comparison import FolderComparison, compare_folders, find_run, refuse_loss
@@ -103,6 +103,8 @@ def _convert(
             return build_deploy(settings, calibration)(loaded.model, settings.bits), None
         plan = choose_plan(settings, loaded.model, calibration)
         return convert_with_plan(loaded.model, plan["plan"], calibration.run), plan
+    except CvmError:
+        raise
     except ValueError as error:  # layers that no grid can hold, a plan for another model, a quantised model
         raise ModelError(f"{settings.plan or source}: {error}") from error
 
