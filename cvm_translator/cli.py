@@ -239,14 +239,14 @@ def _decode_line(line: bytes, *, is_first: bool) -> str:
 
 def _quantize(options: Options) -> int:
     from cvm_translator.models.folder import load_model, save_model
-    from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
+    from cvm_translator.quantization import AdvancedQuantizer
 
     loaded = load_model(options.model)
     if loaded.config["number_format"] != "float32":
         raise ModelError(f"{options.model} is {loaded.config['number_format']} already: name a float32 model folder")
     folder = save_model(
         options.output,
-        AdvancedQuantizer(QuantizationType(options.method)).convert(loaded.model),
+        AdvancedQuantizer(options.method, options.bits).convert(loaded.model),
         loaded.tokenizer,
         source_language=loaded.config["source_language"],
         target_language=loaded.config["target_language"],

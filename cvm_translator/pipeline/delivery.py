@@ -29,7 +29,7 @@ from cvm_translator.pipeline.parts import save_model_folder
 from cvm_translator.pipeline.student import StudentOutcome
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
+from cvm_translator.quantization import AdvancedQuantizer
 from cvm_translator.runs import atomic
 from cvm_translator.runs.events import read_events, sum_stage_seconds
 from cvm_translator.validation import TranslationQualityEvaluator, ValidationConfig
@@ -52,7 +52,7 @@ def quantise(context: RunContext, tokenizer: Tokenizer, outcome: StudentOutcome)
         else:
             student = CvmTransformer(config.student.model, tokenizer.vocab_size)
             student.load_state_dict(outcome.weights)
-            quantizer = AdvancedQuantizer(QuantizationType(config.quantization.method))
+            quantizer = AdvancedQuantizer(config.quantization.method, config.quantization.bits)
             metadata = {
                 "role": "student",
                 "step": outcome.loop.state.best_step,

@@ -16,7 +16,7 @@ from cvm_translator.models.folder import save_model
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
+from cvm_translator.quantization import AdvancedQuantizer
 from cvm_translator.training.judges import ValidationJudge
 from cvm_translator.validation import DistillationValidator, ValidationConfig
 
@@ -67,9 +67,8 @@ def build_judge(
     corpus: Corpus,
     tokenizer: Tokenizer,
     model: ModelConfig,
-    quantization: QuantizationType,
+    quantizer: AdvancedQuantizer,
 ) -> ValidationJudge:
-    quantizer = AdvancedQuantizer(quantization)
     held_out = DistillationDataset.from_pairs(corpus.validation, tokenizer, model.max_length)
     return ValidationJudge(stage_name, context.events, validator, tokenizer, quantizer.convert, held_out)
 

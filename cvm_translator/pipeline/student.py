@@ -32,7 +32,7 @@ from cvm_translator.pipeline.parts import (
 from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.quantization import QuantizationType
+from cvm_translator.quantization import AdvancedQuantizer
 from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, obtain_states
 from cvm_translator.training.device import uses_bfloat16
 from cvm_translator.training.loop import TrainingLoop
@@ -91,7 +91,7 @@ def _run_loop(
     preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
     context.note(describe_preflight(preflight))
     states = obtain_teacher_states(context, teacher, dataset) if loss.needs_teacher else None
-    quantization = QuantizationType(config.quantization.method)
+    quantizer = AdvancedQuantizer(config.quantization.method, config.quantization.bits)
     seed_everything(config.seed)
     loop = TrainingLoop(
         LoopSetup(
@@ -104,7 +104,7 @@ def _run_loop(
             batches=BatchSchedule(dataset.lengths, settings.batch_size, config.seed),
             store=store,
             events=context.events,
-            judge=build_judge(context, "distil", validator, corpus, tokenizer, config.student.model, quantization),
+            judge=build_judge(context, "distil", validator, corpus, tokenizer, config.student.model, quantizer),
             stop=context.stop,
             device=context.device,
             num_threads=context.config.num_threads,

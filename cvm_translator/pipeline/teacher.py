@@ -26,7 +26,7 @@ from cvm_translator.pipeline.parts import (
 )
 from cvm_translator.pipeline.preflight import needed_disk_bytes
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.quantization import QuantizationType
+from cvm_translator.quantization import AdvancedQuantizer
 from cvm_translator.runs import atomic
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
@@ -137,7 +137,9 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             batches=BatchSchedule(dataset.lengths, config.training.batch_size, config.seed),
             store=build_store(context, context.layout.teacher / "checkpoints"),
             events=context.events,
-            judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, QuantizationType.NONE),
+            judge=build_judge(
+                context, "teacher", validator, corpus, tokenizer, config.model, AdvancedQuantizer("none")
+            ),
             stop=context.stop,
             device=context.device,
             num_threads=context.config.num_threads,
