@@ -3,7 +3,7 @@
 Guarantees: each result is that of the sentence alone, up to float rounding (which the 8-bit grid may turn into one of
 its steps), whatever it is batched with; results come in the order of the sources. bos, pad and unk are never
 generated (byte fallback spells what the vocabulary lacks). Sentences that are done leave the batch. A model with fake
-quantisation on is converted first, so what is decoded is the deployed integer arithmetic.
+quantisation on is converted first, so what is decoded is the deployed arithmetic.
 
 Beam search keeps `beam_size` open hypotheses a sentence and scores finished ones by log-probability / length **
 length_penalty, the end mark counted. An end mark counts as finished when it is among the best `beam_size`
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cvm_translator.models.transformer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, CvmTransformer
-from cvm_translator.quantization import AdvancedQuantizer, QuantizationType, TiedEmbedding
+from cvm_translator.quantization import TiedEmbedding, convert_with_plan, find_fake_plan
 
 COMPACT_BELOW = 0.75
 """Done sentences leave the batch when fewer than this share of its rows is still open: leaving costs a copy."""
@@ -55,7 +55,7 @@ def translate_ids(
         if not 0 < len(source) <= longest:
             raise ValueError(f"a source of {len(source)} tokens: between 1 and {longest} can be translated")
     if any(isinstance(m, TiedEmbedding) and m.fake_quantization for m in model.modules()):
-        model = AdvancedQuantizer(QuantizationType.QAT_INT8).convert(model)
+        model = convert_with_plan(model, find_fake_plan(model))
     device = model.positions.device if device is None else torch.device(device)
     was_training = model.training
     model.to(device).eval()

@@ -1,7 +1,8 @@
 """A model on disk: `config.json`, `model.safetensors` and `sentencepiece.model` in one folder.
 
-    config.json   format, version, number_format (float32 | int8), model (ModelConfig), vocab_size, languages,
-    metadata, files (size and SHA-256 of the other two), checksum (of the rest of config.json)
+    config.json   format, version, number_format (the kind that all layers share, or mixed), quantization (its `plan`:
+    the format of each layer; left out in float32), model (ModelConfig), vocab_size, languages, metadata, files (size
+    and SHA-256 of the other two), checksum (of the rest of config.json)
 
 Guarantees: `save_model` writes a folder beside the target, fsyncs every file and renames it, so the target is the old
 folder or the new one. `load_model` compares sizes and hashes before it parses anything, knows every tensor's name,
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -29,24 +29,24 @@ from torch import Tensor
 from cvm_translator.config.schema import ModelConfig
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.errors import CvmError, ModelError
-from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.quantization import (
-    AdvancedQuantizer,
-    FourBitLinear,
-    Int8Linear,
-    Int8TiedEmbedding,
-    QuantizationType,
+from cvm_translator.models.description import (
+    CONFIG_FILE,
+    FORMAT,
+    TOKENIZER_FILE,
+    VERSION,
+    WEIGHTS_FILE,
+    build_empty_model,
+    describe_numbers,
+    load_model_config,
 )
+from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.atomic import TEMPORARY_PREFIX, fsync_directory, sha256_file, sha256_json
 
-FORMAT, VERSION = "cvm-translator", 1
-CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "sentencepiece.model"
-NUMBER_FORMATS = ("float32", "int8")
-
-MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 20_000
-_TYPES = {"F32": torch.float32, "I8": torch.int8}
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
+DEPLOYED_FOLDERS = ("mixed", "int4", "int8", "float16", "float")
+"""What a run's `student` folder may hold, the folder that is meant first."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,6 @@ class LoadedModel:
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
-
-
-def find_number_format(model: CvmTransformer) -> str:
-    """float32 or int8; a model in another format has no folder form."""
-    kinds = {type(module) for module in model.modules()}
-    if FourBitLinear in kinds:
-        raise ModelError("a model with 4-bit layers cannot be saved as a model folder: save it as float32 or int8")
-    return "int8" if kinds & {Int8Linear, Int8TiedEmbedding} else "float32"
 
 
 def save_model(
@@ -98,7 +90,7 @@ def save_model(
         config = {
             "format": FORMAT,
             "version": VERSION,
-            "number_format": find_number_format(model),
+            **describe_numbers(model),
             "model": model.config.model_dump(mode="json"),
             "vocab_size": model.vocab_size,
             "source_language": source_language,
@@ -163,9 +155,9 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
 
 
 def find_model_folder(path: Path | str) -> Path:
-    """The folder itself, or its `int8` or `float` subfolder (what a run's `student` folder holds)."""
+    """The folder itself, or the deployed model in a run's `student` folder: the first of `DEPLOYED_FOLDERS` in it."""
     path = Path(path)
-    for folder in (path, path / "int8", path / "float"):
+    for folder in (path, *(path / name for name in DEPLOYED_FOLDERS)):
         if (folder / CONFIG_FILE).is_file():
             return folder
     if not path.exists():
@@ -174,7 +166,7 @@ def find_model_folder(path: Path | str) -> Path:
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> LoadedModel:
-    """Load and verify a model folder, or the deployed one (int8, else float) in a run's `student` folder."""
+    """Load and verify a model folder, or the deployed one in a run's `student` folder (see `find_model_folder`)."""
     folder = find_model_folder(path)
     config = load_model_config(folder)
     for name in (WEIGHTS_FILE, TOKENIZER_FILE):
@@ -198,42 +190,6 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> LoadedMo
             "use the tokenizer that the model was trained with"
         )
     return LoadedModel(model.to(device).eval(), tokenizer, config)
-
-
-def load_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, checked."""
-    path = folder / CONFIG_FILE
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ModelError(f"{path} has more than {MAX_CONFIG_BYTES} bytes: it is not a model's configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path} cannot be read as JSON ({error}): {folder} is no model folder") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ModelError(f"{path} does not say format {FORMAT!r}: {folder} is no model folder of this program")
-    if config.get("version") != VERSION:
-        raise ModelError(
-            f"{path} has version {config.get('version')!r}, this program reads {VERSION}: use a newer program"
-        )
-    content = {key: value for key, value in config.items() if key != "checksum"}
-    if config.get("checksum") != sha256_json(content):
-        raise ModelError(f"{path} was altered: its checksum does not match; copy or make the model again")
-    if config.get("number_format") not in NUMBER_FORMATS:
-        raise ModelError(
-            f"{path} has number_format {config.get('number_format')!r}: known are {', '.join(NUMBER_FORMATS)}"
-        )
-    vocab_size = config.get("vocab_size")
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 4:
-        raise ModelError(f"{path} has vocab_size {vocab_size!r}: it must be a number from 4 up")
-    try:
-        ModelConfig.model_validate(config.get("model"))
-    except pydantic.ValidationError as error:
-        raise ModelError(f"{path} has a bad model section: {error.errors()[0]['msg']}") from error
-    if not isinstance(config.get("files"), dict):
-        raise ModelError(f"{path} lists no files: {folder} is no complete model folder")
-    return config
 
 
 def _verify_file(path: Path, entry: Any) -> None:
@@ -271,14 +227,7 @@ def _build_empty(config: dict[str, Any], weights: Path, header: dict[str, Any]) 
     model_config = ModelConfig.model_validate(config["model"])
     if model_config.encoder_layers + model_config.decoder_layers > len(header):
         raise ModelError(f"{weights} holds {len(header)} tensors, too few for the layers that {CONFIG_FILE} names")
-    if model_config.max_length * model_config.dim > 1 << 28:
-        raise ModelError(
-            f"{weights.parent / CONFIG_FILE} has max_length {model_config.max_length}: too long to be true"
-        )
-    with torch.device("meta"):
-        model = CvmTransformer(model_config, config["vocab_size"])
-        if config["number_format"] == "int8":
-            model = AdvancedQuantizer(QuantizationType.DYNAMIC_INT8).convert(model)
+    model = build_empty_model(config, weights.parent)
     expected = {name: (list(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() ^ header.keys()):
         verb = "lacks" if name in expected else "holds the unknown"

@@ -1,7 +1,7 @@
 """The same model as Transformers' M2M100ForConditionalGeneration.
 
 Guarantees: logits and greedy output are equal up to float rounding, since the maths is the same; a test builds both.
-Fused projections are cut into M2M100's separate ones. Refuses models in integer formats: export the float model.
+Fused projections are cut into M2M100's separate ones. Refuses quantised models: export the float model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cvm_translator.errors import ModelError
 from cvm_translator.models.transformer import BOS_ID, EOS_ID, PAD_ID, CvmTransformer
-from cvm_translator.quantization import TiedEmbedding
+from cvm_translator.quantization import find_plan, name_plan
 
 _ENCODER_NAMES = {
     "attention_norm": "self_attn_layer_norm",
@@ -35,8 +35,9 @@ _FUSED_NAMES = {
 
 def to_m2m100(model: CvmTransformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Keyword arguments of M2M100Config and the state_dict of M2M100ForConditionalGeneration (tensors not copied)."""
-    if not isinstance(model.embedding, TiedEmbedding):
-        raise ModelError("the model is in an integer format: convert the float model to M2M100 instead")
+    number_format = name_plan(find_plan(model))
+    if number_format != "float32":
+        raise ModelError(f"the model is {number_format}: convert the float model to M2M100 instead")
     config = model.config
     arguments: dict[str, Any] = {
         "vocab_size": model.vocab_size,

@@ -15,7 +15,7 @@ Shapes: B batch, S source length, T target length, D hidden size, V vocabulary, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cvm_translator.config.schema import ModelConfig
 from cvm_translator.models.attention import AttentionCache, CrossAttention, SelfAttention
 from cvm_translator.models.dropout import dropout
-from cvm_translator.quantization import QuantizableLinear, TiedEmbedding, set_fake_quantization
+from cvm_translator.quantization import LayerFormat, QuantizableLinear, TiedEmbedding, set_fake_quantization
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 FIRST_POSITION = PAD_ID + 1
@@ -102,7 +102,7 @@ class DecoderState:
     memory_mask: Tensor | None
     """(B, 1, 1, S), True where the source is real; None when nothing is padded."""
     matrix: Tensor | None
-    """The embedding matrix when it is float, made once."""
+    """The embedding matrix in float, made once, unless its format is faster without."""
     length: int = 0
 
     def reorder(self, rows: Tensor) -> None:
@@ -142,12 +142,13 @@ class CvmTransformer(nn.Module):
         self.positions = table[FIRST_POSITION:].to(device)
 
     def num_parameters(self) -> int:
-        """Weights of the float model, the tied matrix once (scales of integer formats are not counted)."""
-        return sum(t.numel() for name, t in self.state_dict().items() if not name.endswith("_scale"))
+        """Weights of the float model, the tied matrix once, in whatever format they are now."""
+        with torch.device("meta"):
+            return sum(t.numel() for t in CvmTransformer(self.config, self.vocab_size).state_dict().values())
 
-    def set_fake_quantization(self, on: bool) -> None:
-        """Round weights and activations to the 8-bit grid in every forward pass, or stop doing so."""
-        set_fake_quantization(self, on)
+    def set_fake_quantization(self, on: bool, plan: Mapping[str, LayerFormat] | None = None) -> None:
+        """Round weights and activations in every forward pass to the int8 grid, or as a plan says; or stop doing so."""
+        set_fake_quantization(self, on, plan)
 
     def _decoder(self) -> Iterable[DecoderLayer]:
         return cast("Iterable[DecoderLayer]", self.decoder_layers)
@@ -187,8 +188,7 @@ class CvmTransformer(nn.Module):
         memories = [layer.cross_attention.project_memory(memory) for layer in self._decoder()]
         rows, heads = memory.shape[0] * beam_size, self.config.num_heads
         caches = [AttentionCache(rows, heads, keys.shape[-1], keys) for keys, _ in memories]
-        matrix = self.embedding.matrix() if isinstance(self.embedding, TiedEmbedding) else None
-        return DecoderState(caches, memories, _attention_mask(src_mask), matrix)
+        return DecoderState(caches, memories, _attention_mask(src_mask), self.embedding.decoding_matrix())
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """The logits (R, V) after one more token of each row, tokens (R,); moves the state on."""

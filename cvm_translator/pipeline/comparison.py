@@ -86,7 +86,9 @@ def compare_folders(
             )
             for model in (original, reduced)
         ]
-    return FolderComparison(len(pairs), *measured, compare_hypotheses(pairs, measured, target_language))
+    original_figures, reduced_figures = measured
+    differences = compare_hypotheses(pairs, measured, target_language)
+    return FolderComparison(len(pairs), original_figures, reduced_figures, differences)
 
 
 def compare_hypotheses(

@@ -20,7 +20,8 @@ from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import ConfigError, CvmError, ModelError
-from cvm_translator.models.folder import CONFIG_FILE, LoadedModel, load_model, save_model
+from cvm_translator.models.description import CONFIG_FILE
+from cvm_translator.models.folder import LoadedModel, load_model, save_model
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.comparison import FolderComparison, compare_folders, find_run, refuse_loss
 from cvm_translator.pipeline.formats import Calibration, build_deploy, choose_plan, save_plan

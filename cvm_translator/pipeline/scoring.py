@@ -14,7 +14,8 @@ from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.readers import ReaderContext, read_source
 from cvm_translator.corpus.records import BadRow, Pair
 from cvm_translator.errors import CorpusError
-from cvm_translator.models.folder import find_model_folder, load_model_config
+from cvm_translator.models.description import load_model_config
+from cvm_translator.models.folder import find_model_folder
 from cvm_translator.pipeline.measure import measure_folder
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.training.device import build_device, configure_threads

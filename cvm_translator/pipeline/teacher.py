@@ -13,7 +13,8 @@ from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.errors import ConfigError
 from cvm_translator.losses.distillation import DistillationLoss
-from cvm_translator.models.folder import LoadedModel, find_model_folder, load_model, load_model_config
+from cvm_translator.models.description import load_model_config
+from cvm_translator.models.folder import LoadedModel, find_model_folder, load_model
 from cvm_translator.models.initialization import init_random
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage

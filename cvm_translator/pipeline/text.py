@@ -13,7 +13,8 @@ from cvm_translator.corpus.build import build_corpus as build_corpus_files
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.corpus.tokenizer import build_tokenizer as build_tokenizer_files
-from cvm_translator.models.folder import TOKENIZER_FILE, find_model_folder
+from cvm_translator.models.description import TOKENIZER_FILE
+from cvm_translator.models.folder import find_model_folder
 from cvm_translator.pipeline.context import RunContext, stage
 from cvm_translator.runs import atomic
 from cvm_translator.validation.preflight import check_alignment, check_leakage

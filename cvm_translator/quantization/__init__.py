@@ -1,25 +1,37 @@
-"""Number formats: the 8-bit grid, fake quantisation with straight-through gradients, integer modules, 4-bit packing."""
+"""Number formats: grids, fake quantisation with straight-through gradients, deployed layers, plans for models."""
 
-from cvm_translator.quantization.four_bit import FourBitLinear
-from cvm_translator.quantization.linear import Int8Linear, Int8TiedEmbedding, QuantizableLinear, TiedEmbedding
-from cvm_translator.quantization.memory import MemoryOptimizedQuantizer, collect_activations
-from cvm_translator.quantization.quantizer import (
-    AdvancedQuantizer,
-    QuantizationType,
+from cvm_translator.quantization.convert import (
+    check_plan,
+    convert_with_plan,
     count_bytes,
+    find_fake_plan,
+    find_plan,
     set_fake_quantization,
 )
+from cvm_translator.quantization.formats import LayerFormat, Plan, name_plan, parse_plan, plan_to_plain
+from cvm_translator.quantization.four_bit import FourBitLinear
+from cvm_translator.quantization.linear import QuantizableLinear, TiedEmbedding
+from cvm_translator.quantization.memory import MemoryOptimizedQuantizer
+from cvm_translator.quantization.quantizer import ALLOWED_BITS, AdvancedQuantizer, QuantizationType, check_method
 
 __all__ = [
+    "ALLOWED_BITS",
     "AdvancedQuantizer",
     "FourBitLinear",
-    "Int8Linear",
-    "Int8TiedEmbedding",
+    "LayerFormat",
     "MemoryOptimizedQuantizer",
+    "Plan",
     "QuantizableLinear",
     "QuantizationType",
     "TiedEmbedding",
-    "collect_activations",
+    "check_method",
+    "check_plan",
+    "convert_with_plan",
     "count_bytes",
+    "find_fake_plan",
+    "find_plan",
+    "name_plan",
+    "parse_plan",
+    "plan_to_plain",
     "set_fake_quantization",
 ]

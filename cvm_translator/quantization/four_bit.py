@@ -1,10 +1,13 @@
-"""Linear layers with 4-bit weights, two to a byte, and a float scale for each group of weights in a row.
+"""Linear layers and the tied embedding with 4-bit weights, two to a byte, and a float16 step for each group of them.
 
-Symmetric: integers −7…7 and step = absmax / 7, stored as integer + 8. Asymmetric: integers 0…15 between the group's
-minimum and maximum (both widened to hold 0), step = range / 15 and an integer zero point. Even columns lie in the low
-half of each byte, odd columns in the high half. A row whose width is no multiple of the group is padded with zero
-weights, which are cut off again. Activations and bias stay float; the forward pass computes with exactly the
-dequantised weights.
+`FourBitLinear` stores `weight` (M, ⌈K / 2⌉) uint8, `weight_scale` (M, G) float16 and, on asymmetric grids,
+`weight_zero` (M, G) uint8; see `four_bit_grid` for what they mean and `kernels` for the fast product. Activations and
+bias stay float.
+
+Up to `FAST_ROWS` rows are multiplied by the kernel, in bfloat16; more rows by the dequantised float32 weights, made for
+the call. Group sizes without a kernel (those that 32 does not divide) keep the dequantised weights from the first use
+on, 4 bytes a weight. So does the tied embedding always: its logits decide between words, and a kernel's bfloat16
+outputs have ties where they have none.
 """
 
 from __future__ import annotations
@@ -13,84 +16,64 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cvm_translator.quantization.deployed import DeployedLinear, DeployedTiedEmbedding, check_weight
+from cvm_translator.quantization.formats import LayerFormat
+from cvm_translator.quantization.four_bit_grid import (
+    FourBit,
+    dequantize_four_bit,
+    pack_four_bit,
+    quantize_four_bit,
+    unpack_four_bit,
+)
+from cvm_translator.quantization.kernels import FourBitKernel, build_four_bit_kernel
 
-def pack_four_bit(integers: Tensor) -> Tensor:
-    """Integers 0…15, (M, K) with K even -> bytes (M, K / 2)."""
-    if integers.shape[-1] % 2:
-        raise ValueError(f"an even number of columns is needed to pack two a byte, got {integers.shape[-1]}")
-    integers = integers.to(torch.uint8)
-    return integers[..., ::2] | (integers[..., 1::2] << 4)
+FAST_ROWS = 128
+"""Up to so many rows the kernel is faster than dequantising and a float32 product."""
 
 
-def unpack_four_bit(packed: Tensor) -> Tensor:
-    """Bytes (M, K / 2) -> integers 0…15, (M, K) uint8."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+class FourBitLinear(DeployedLinear):
+    """y = x · Wᵀ + b with W (M, K) held as 4-bit integers, G groups a row; see the module's docstring."""
 
+    weight_scale: Tensor
+    weight_zero: Tensor | None
 
-class FourBitLinear(nn.Module):
-    """y = x · W^T + b with W (M, K) held as 4-bit integers, G = ceil(K / group_size) groups a row."""
-
-    weight: Tensor  # (M, G × group_size / 2) uint8
-    weight_scale: Tensor  # (M, G) float32
-    weight_zero: Tensor | None  # (M, G) uint8, asymmetric only
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor,
-        weight_scale: Tensor,
-        weight_zero: Tensor | None,
-        bias: Tensor | None,
-        *,
-        in_features: int,
-        group_size: int,
-    ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = weight.shape[0]
-        self.group_size = group_size
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("weight_zero", weight_zero)
-        self.register_buffer("bias", bias)
+    def __init__(self, quantized: FourBit, bias: Tensor | None, layer_format: LayerFormat) -> None:
+        super().__init__(layer_format, quantized.codes.shape, bias)
+        self.register_buffer("weight", pack_four_bit(quantized.codes))
+        self.register_buffer("weight_scale", quantized.steps)
+        self.register_buffer("weight_zero", quantized.zeros)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, group_size: int = 64, symmetric: bool = True) -> FourBitLinear:
-        """Round the layer's weights to the nearest 4-bit values of their groups."""
-        if group_size < 2 or group_size % 2:
-            raise ValueError(f"group_size must be even and at least 2, got {group_size}")
-        weight = linear.weight.detach().float()
-        num_rows, width = weight.shape
-        groups = functional.pad(weight, (0, -width % group_size)).view(num_rows, -1, group_size)  # (M, G, group)
-        if symmetric:
-            step = groups.abs().amax(-1, keepdim=True) / 7
-            step = torch.where(step == 0, torch.ones_like(step), step)
-            zero = torch.full_like(step, 8)
-        else:
-            low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)
-            step = (high - low) / 15
-            step = torch.where(step == 0, torch.ones_like(step), step)
-            zero = (-low / step).round_()
-        integers = (groups / step).round_().add_(zero).clamp_(0, 15)
-        return cls(
-            pack_four_bit(integers.view(num_rows, -1)),
-            step.squeeze(-1),
-            None if symmetric else zero.squeeze(-1).to(torch.uint8),
-            None if linear.bias is None else linear.bias.detach().float().clone(),
-            in_features=width,
-            group_size=group_size,
-        )
+    def from_weight(cls, weight: Tensor, bias: Tensor | None, layer_format: LayerFormat) -> FourBitLinear:
+        quantized = quantize_four_bit(check_weight(weight), layer_format.group_size, layer_format.symmetric)
+        return cls(quantized, bias, layer_format)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group_size: int | None = 64, symmetric: bool = True) -> FourBitLinear:
+        """Round a layer's weights to the nearest 4-bit values of their groups; None: a group is a whole row."""
+        return cls.from_weight(linear.weight, linear.bias, LayerFormat("int4", group_size, symmetric))
+
+    def quantized(self) -> FourBit:
+        """The stored matrix, one code a byte."""
+        return FourBit(unpack_four_bit(self.weight, self.in_features), self.weight_scale, self.weight_zero)
 
     def dequantized_weight(self) -> Tensor:
-        """(M, K) float32."""
-        integers = unpack_four_bit(self.weight).view(self.out_features, -1, self.group_size).float()
-        zero = 8.0 if self.weight_zero is None else self.weight_zero[..., None].float()
-        weight = (integers - zero) * self.weight_scale[..., None]
-        return weight.view(self.out_features, -1)[:, : self.in_features]
+        return dequantize_four_bit(self.quantized(), self.layer_format.group_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.dequantized_weight(), self.bias)
+        if self._prepared is None:
+            with torch.inference_mode(False), torch.no_grad():
+                kernel = build_four_bit_kernel(self.quantized(), self.layer_format.group_size)
+                self._prepared = self.dequantized_weight() if kernel is None else kernel
+        if not isinstance(self._prepared, FourBitKernel):
+            return functional.linear(input, self._prepared, self.bias)
+        if input.numel() > FAST_ROWS * self.in_features:
+            return functional.linear(input, self.dequantized_weight(), self.bias)
+        output = self._prepared.multiply(input)
+        return output if self.bias is None else output + self.bias
 
-    def extra_repr(self) -> str:
-        kind = "symmetric" if self.weight_zero is None else "asymmetric"
-        return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}, {kind}"
+
+class FourBitTiedEmbedding(DeployedTiedEmbedding, FourBitLinear):
+    """`TiedEmbedding` with 4-bit rows."""
+
+    forward = DeployedLinear.forward

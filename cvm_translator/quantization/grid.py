@@ -6,6 +6,8 @@ output of a linear layer or one token of an embedding for weights, and one token
 
 The step of a row is the reciprocal of that scale: value = integer × step. NaN and infinities in a row make the
 whole row NaN when fake-quantised, so that the loss shows them; quantising to integers refuses nothing, check before.
+
+Activations of a calibrated layer use one grid for all tokens instead, −128…127 with a zero point.
 """
 
 from __future__ import annotations
@@ -38,25 +40,47 @@ def dequantize_int8(integers: Tensor, steps: Tensor) -> Tensor:
     return integers * steps
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Rounds to the grid; the gradient passes straight through (Bengio et al., 2013, arXiv:1308.3432)."""
+class _StraightThrough(torch.autograd.Function):
+    """Rounds, and passes the gradient straight through (Bengio et al., 2013, arXiv:1308.3432)."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        inverse_step = compute_inverse_step(values)
-        return (values * inverse_step).round_().mul_(inverse_step.reciprocal())
+    def forward(ctx: Any, values: Tensor, round_values: Callable[[Tensor], Tensor]) -> Tensor:
+        return round_values(values)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return grad_outputs[0]
+        return grad_outputs[0], None
+
+
+def round_straight_through(values: Tensor, round_values: Callable[[Tensor], Tensor]) -> Tensor:
+    """`round_values(values)` of float32 (half types are widened) or float64, with the gradient of the identity."""
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()
+    apply: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] = _StraightThrough.apply
+    return apply(values, round_values)
 
 
 def fake_quantize(values: Tensor) -> Tensor:
     """`dequantize_int8(*quantize_int8(values))` with a straight-through gradient. Float in, float32 or float64 out."""
-    if values.dtype in (torch.bfloat16, torch.float16):
-        values = values.float()
-    apply: Callable[[Tensor], Tensor] = _FakeQuantize.apply
-    return apply(values)
+    return round_straight_through(values, _round_to_grid)
+
+
+def _round_to_grid(values: Tensor) -> Tensor:
+    inverse_step = compute_inverse_step(values)
+    return (values * inverse_step).round_().mul_(inverse_step.reciprocal())
+
+
+def compute_static_grid(low: float, high: float) -> tuple[float, int]:
+    """Step and zero point of the grid −128…127 that spans low … high, widened to hold 0: value = (integer − zero) ×
+    step."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    step = (high - low) / 255 if high - low > 1e-30 else 1.0
+    return step, round(-128 - low / step)
+
+
+def quantize_static(values: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """Integers (..., K) int8 on the grid of `compute_static_grid`; values beyond it are cut off."""
+    return values.mul(step.reciprocal()).add_(zero).round_().clamp_(-128, 127).to(torch.int8)
 
 
 @functools.cache

@@ -1,174 +1,220 @@
-"""Choosing the bits of each layer so that a model fits a size: 16, 8 or 4, where they hurt least per byte saved.
+"""Choosing the format of each layer so that a model fits a size with the least harm to what it outputs.
 
-Every linear layer starts at 16 bits (float16); the step down (16 → 8 → 4) with the least added error per byte saved
-is taken until the target is met or nothing is left to take. A layer's error is the mean squared difference of its
-output on calibration activations, relative to the output's mean square, so that layers of different scale compare;
-without activations, the same of its weights. The tied embedding is always int8; norms and biases stay float32. When
-the target is out of reach, the plan is the smallest model and says so.
+Each layer is tried alone in each format (`OPTIONS`: 16, 8 and 4 bits, these in finer and coarser groups), all others in
+float, and calibration data runs through the model: its *loss* is the Kullback-Leibler divergence of the output
+distributions from the float model's, in nats a token. Rounding errors of different layers are independent, so their
+losses nearly add up; the plan has the least sum of all plans that fit (dynamic programming over bytes, in steps of
+1/65,536 of the target). What the whole plan loses together is measured at the end.
+
+When the target is out of reach, the plan is the smallest model, and says so. The plan is plain data: written to a file,
+edited and read again, it goes to `convert_with_plan` or to `AdvancedQuantizer(method "mixed", plan=…)`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from cvm_translator.quantization.four_bit import FourBitLinear
-from cvm_translator.quantization.linear import Int8Linear, Int8TiedEmbedding, TiedEmbedding
-from cvm_translator.quantization.quantizer import count_bytes, replace_modules
+from cvm_translator.quantization.convert import (
+    convert_with_plan,
+    count_bytes,
+    deploy,
+    find_layers,
+    replace_layers,
+    set_fake_quantization,
+)
+from cvm_translator.quantization.deployed import DeployedLinear
+from cvm_translator.quantization.formats import FLOAT16, INT8, LayerFormat, Plan, plan_to_plain
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-class HalfLinear(nn.Module):
-    """A linear layer with float16 weights, multiplied in the type of its input."""
+ComputeLogits = Callable[[nn.Module], Tensor]
+"""Runs calibration data through the model that it is given, teacher-forced: logits (N, V), the same N tokens each
+time."""
 
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear) -> HalfLinear:
-        weight = linear.weight.detach().to(torch.float16)
-        if not bool(weight.isfinite().all()):
-            raise ValueError("a weight is too large for float16 (65,504): keep the layer at 8 bits or float32")
-        return cls(weight, None if linear.bias is None else linear.bias.detach().float().clone())
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight.to(input.dtype), self.bias)
+OPTIONS: tuple[LayerFormat, ...] = (FLOAT16, INT8, *(LayerFormat("int4", size) for size in (16, 32, 64, 128)))
+_NUM_BUCKETS = 1 << 16
+_BLOCK_ROWS = 256
 
 
-class LayerOption(TypedDict):
-    """What a layer costs at some bit width."""
+@dataclass(frozen=True)
+class LayerOption:
+    """A layer in one format: what it costs and what it loses when all others are float."""
 
+    layer_format: LayerFormat
     num_bytes: int
-    error: float
-
-
-BITS: dict[int, Callable[[nn.Linear], nn.Module]] = {
-    16: HalfLinear.from_linear,
-    8: Int8Linear.from_linear,
-    4: FourBitLinear.from_linear,
-}
-
-
-@torch.no_grad()
-def collect_activations(model: nn.Module, run: Callable[[], object], max_rows: int = 512) -> dict[str, Tensor]:
-    """The inputs (N, K) of every linear layer, by name, while `run()` puts calibration data through the model."""
-    rows: dict[str, list[Tensor]] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen = rows.setdefault(name, [])
-            room = max_rows - sum(len(part) for part in seen)
-            if room > 0:
-                seen.append(arguments[0].detach().flatten(0, -2)[:room].float().clone())
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    loss: float
+    """Nats a token."""
 
 
 class MemoryOptimizedQuantizer:
-    """Plans and applies bit widths for a target size, given as float32 bytes over deployed bytes."""
+    """Plans the formats of a model's layers for a target: float32 bytes over deployed bytes, or megabytes (10⁶ bytes).
 
-    def __init__(self, target_compression_ratio: float) -> None:
-        if not 1.0 <= target_compression_ratio < math.inf:
+    Bytes are those of the weights file, its header included.
+    """
+
+    def __init__(
+        self,
+        target_compression_ratio: float | None = None,
+        *,
+        target_megabytes: float | None = None,
+        options: Sequence[LayerFormat] = OPTIONS,
+    ) -> None:
+        if (target_compression_ratio is None) == (target_megabytes is None):
+            raise ValueError("give either target_compression_ratio or target_megabytes")
+        if target_compression_ratio is not None and not 1.0 <= target_compression_ratio < math.inf:
             raise ValueError(f"target_compression_ratio {target_compression_ratio} must be at least 1")
-        self.target_compression_ratio = target_compression_ratio
+        if target_megabytes is not None and not 0.0 < target_megabytes < math.inf:
+            raise ValueError(f"target_megabytes {target_megabytes} must be positive")
+        if not options:
+            raise ValueError("options must name at least one number format")
+        self.target_compression_ratio, self.target_megabytes = target_compression_ratio, target_megabytes
+        self.options = tuple(options)
 
-    def plan(self, model: nn.Module, activations: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """Bits, bytes and error of each layer, totals, and whether the target is met.
-
-        `activations` (see `collect_activations`) must name every linear layer; without them, weight errors decide.
-        """
-        options = measure_layers(model, activations)
-        float_bytes = count_bytes(model)
-        fixed_bytes = count_bytes(replace_modules(model, _without_linears))
-        target_bytes = float_bytes / self.target_compression_ratio
-        chosen = dict.fromkeys(options, 16)
-
-        def total_bytes() -> int:
-            return fixed_bytes + sum(options[name][bits]["num_bytes"] for name, bits in chosen.items())
-
-        while total_bytes() > target_bytes:
-            steps = [
-                (_error_per_byte(options[name][bits], options[name][bits // 2]), name)
-                for name, bits in chosen.items()
-                if bits > 4 and options[name][bits // 2]["num_bytes"] < options[name][bits]["num_bytes"]
-            ]
-            if not steps:
-                break
-            chosen[min(steps)[1]] //= 2
-        num_bytes = total_bytes()
+    def plan(self, model: nn.Module, compute_logits: ComputeLogits) -> dict[str, Any]:
+        """The plan (`plan`, see `formats`) and what it costs, as JSON-compatible data; the model is left alone."""
+        measured = measure_layers(model, compute_logits, self.options)
+        empty = copy.deepcopy(model).to("meta")
+        float_bytes = count_bytes(empty)
+        if self.target_megabytes is not None:
+            target_bytes = int(self.target_megabytes * 1e6)
+        else:
+            assert self.target_compression_ratio is not None
+            target_bytes = int(float_bytes / self.target_compression_ratio)
+        chosen = choose_formats(measured, target_bytes, lambda plan: count_bytes(convert_with_plan(empty, plan)))
+        plan = {name: option.layer_format for name, option in chosen.items()}
+        num_bytes = count_bytes(convert_with_plan(empty, plan))
         is_met = num_bytes <= target_bytes
-        ratio = float_bytes / num_bytes
+        size = f"{float_bytes / num_bytes:.2f} times smaller, {num_bytes:,} bytes"
+        miss = f": the target of {target_bytes:,} bytes is out of reach, this is the smallest"
         return {
-            "target_compression_ratio": self.target_compression_ratio,
-            "compression_ratio": ratio,
+            "target_bytes": target_bytes,
             "target_met": is_met,
-            "message": f"{ratio:.2f} times smaller"
-            + ("" if is_met else f": {self.target_compression_ratio:g} times cannot be met, this is the smallest"),
+            "message": size + ("" if is_met else miss),
             "float_bytes": float_bytes,
             "num_bytes": num_bytes,
-            "measured": "weights" if activations is None else "outputs",
-            "layers": {name: {"bits": bits, **options[name][bits]} for name, bits in chosen.items()},
+            "compression_ratio": float_bytes / num_bytes,
+            "loss_nats_per_token": compute_divergence(
+                compute_logits(model), compute_logits(convert_with_plan(model, plan))
+            ),
+            "sum_of_layer_losses": sum(option.loss for option in chosen.values()),
+            "layers": {
+                name: {
+                    "bits": option.layer_format.bits,
+                    "num_bytes": option.num_bytes,
+                    "loss_nats_per_token": {str(other.layer_format): other.loss for other in measured[name]},
+                }
+                for name, option in chosen.items()
+            },
+            "plan": plan_to_plain(plan),
         }
 
-    def convert(self, model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
-        """A deep copy of the model with the plan's number formats, in evaluation mode."""
+    def convert(self, model: ModuleT, plan: Mapping[str, Any]) -> ModuleT:
+        """A deep copy of the model in the formats of what `plan` returned, edited or not, in evaluation mode."""
+        return convert_with_plan(model, plan["plan"])
 
-        def replace(name: str, module: nn.Module) -> nn.Module | None:
-            if isinstance(module, TiedEmbedding):
-                return Int8TiedEmbedding.from_embedding(module)
-            return BITS[plan["layers"][name]["bits"]](module) if isinstance(module, nn.Linear) else None
 
-        return replace_modules(model, replace).eval()
+def choose_formats(
+    measured: Mapping[str, Sequence[LayerOption]], target_bytes: int, count_plan_bytes: Callable[[Plan], int]
+) -> dict[str, LayerOption]:
+    """Each layer's option in the plan of least loss that `count_plan_bytes` finds to fit, or in the smallest."""
+    smallest = {name: min(options, key=lambda o: (o.num_bytes, o.loss)) for name, options in measured.items()}
+    others = count_plan_bytes(_formats(smallest)) - sum(option.num_bytes for option in smallest.values())
+    budget = target_bytes - others  # what the layers may have; the rest is norms and the file's header
+    while (picks := choose_options(list(measured.values()), budget)) is not None:
+        chosen = {name: options[i] for (name, options), i in zip(measured.items(), picks, strict=True)}
+        excess = count_plan_bytes(_formats(chosen)) - target_bytes
+        if excess <= 0:
+            return chosen
+        budget -= excess  # another format has other tensors, which have other places in the header
+    return smallest
+
+
+def choose_options(layers: Sequence[Sequence[LayerOption]], budget: int) -> list[int] | None:
+    """The index of each layer's option in the choice of least total loss within the budget; None if none fits."""
+    if budget <= 0:
+        return None
+    unit = -(-budget // _NUM_BUCKETS)
+    least = torch.zeros(budget // unit + 1, dtype=torch.float64)  # by bytes spent at most, in units
+    picks: list[Tensor] = []
+    for options in layers:
+        candidates = torch.full((len(options), len(least)), math.inf, dtype=torch.float64)
+        for row, option in zip(candidates, options, strict=True):
+            cost = -(-option.num_bytes // unit)
+            if cost < len(least):
+                row[cost:] = least[: len(least) - cost] + option.loss
+        least, pick = candidates.min(0)
+        picks.append(pick)
+    if least[-1] == math.inf:
+        return None
+    chosen: list[int] = []
+    left = len(least) - 1
+    for options, pick in zip(reversed(layers), reversed(picks), strict=True):
+        chosen.append(int(pick[left]))
+        left -= -(-options[chosen[-1]].num_bytes // unit)
+    return chosen[::-1]
 
 
 @torch.no_grad()
 def measure_layers(
-    model: nn.Module, activations: Mapping[str, Tensor] | None = None
-) -> dict[str, dict[int, LayerOption]]:
-    """num_bytes and relative error of every linear layer at every bit width."""
-    options: dict[str, dict[int, LayerOption]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+    model: nn.Module, compute_logits: ComputeLogits, options: Sequence[LayerFormat] = OPTIONS
+) -> dict[str, list[LayerOption]]:
+    """Bytes and loss of every layer in every format that can hold it, each alone in an otherwise float model."""
+    trial = copy.deepcopy(model).eval()
+    set_fake_quantization(trial, False)
+    reference = compute_logits(trial)
+    if not bool(reference.isfinite().all()):
+        raise ValueError("the float model's logits on the calibration data are NaN or infinite: check model and data")
+    return {
+        name: _measure_layer(trial, name, layer, compute_logits, reference, options)
+        for name, layer in find_layers(trial).items()
+    }
+
+
+def _measure_layer(
+    trial: nn.Module,
+    name: str,
+    layer: nn.Module,
+    compute_logits: ComputeLogits,
+    reference: Tensor,
+    options: Sequence[LayerFormat],
+) -> list[LayerOption]:
+    if isinstance(layer, DeployedLinear):
+        raise ValueError(f"layer {name} is {layer.layer_format} already: give the float model")
+    measured: list[LayerOption] = []
+    problem = None
+    for layer_format in options:
+        try:
+            deployed = deploy(name, layer, layer_format)
+        except ValueError as error:  # too large for float16, say; another option may hold it
+            problem = error
             continue
-        if activations is None:
-            inputs = torch.eye(module.in_features, device=module.weight.device)  # the outputs are the weights
-        elif name in activations:
-            inputs = activations[name].to(module.weight.device)
-        else:
-            raise ValueError(f"activations of layer {name} are missing: it was not used by the calibration data")
-        reference = functional.linear(inputs, module.weight)
-        signal = reference.square().mean().item()
-        bias = module.bias if module.bias is not None else reference.new_zeros(())
-        options[name] = {}
-        for bits, make in BITS.items():
-            candidate = make(module)
-            noise = (candidate(inputs) - bias - reference).square().mean().item()
-            options[name][bits] = {"num_bytes": count_bytes(candidate), "error": noise / signal if signal else noise}
-    return options
+        replace_layers(trial, {id(layer): deployed})
+        loss = compute_divergence(reference, compute_logits(trial))
+        replace_layers(trial, {id(deployed): layer})
+        measured.append(LayerOption(layer_format, sum(t.nbytes for t in deployed.state_dict().values()), loss))
+    if not measured:
+        raise ValueError(str(problem))
+    return measured
 
 
-def _error_per_byte(now: LayerOption, then: LayerOption) -> float:
-    return (then["error"] - now["error"]) / (now["num_bytes"] - then["num_bytes"])
+def compute_divergence(reference: Tensor, logits: Tensor) -> float:
+    """Mean KL(reference ‖ other) of two sets of logits (N, V), in nats a row."""
+    if reference.shape != logits.shape or not len(reference):
+        raise ValueError(f"calibration gave logits {list(logits.shape)} after {list(reference.shape)}: they must agree")
+    total = 0.0
+    for start in range(0, len(reference), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        log_p, log_q = reference[rows].float().log_softmax(-1), logits[rows].float().log_softmax(-1)
+        total += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64).item()
+    return total / len(reference)
 
 
-def _without_linears(name: str, module: nn.Module) -> nn.Module | None:
-    if isinstance(module, TiedEmbedding):
-        return Int8TiedEmbedding.from_embedding(module)
-    return nn.Identity() if isinstance(module, nn.Linear) else None
+def _formats(chosen: Mapping[str, LayerOption]) -> Plan:
+    return {name: option.layer_format for name, option in chosen.items()}

@@ -85,6 +85,7 @@ class ValidationJudge:
         figures = verdict.to_json()
         for name in ("verdict", "reason", "best_step"):
             del figures[name]
+        assert result.measurement is not None
         is_held = verdict.verdict in SOUND and self.validator.is_held(result.measurement)
         return Judgement(
             verdict.verdict, verdict.is_new_best, verdict.asks_for_rollback, verdict.reason, figures, is_held

@@ -1,73 +1,145 @@
-"""4-bit packing and rounding against plain loops."""
+"""4-bit layers: the fast product against the exact one, what they store, and what they refuse."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
-from cvm_translator.quantization import FourBitLinear
-from cvm_translator.quantization.four_bit import pack_four_bit, unpack_four_bit
-
-
-@given(st.integers(1, 6), st.integers(1, 9), st.data())
-@settings(max_examples=100, deadline=None)
-def test_pack_and_unpack(num_rows, half_width, data):
-    size = num_rows * half_width * 2
-    integers = torch.tensor(data.draw(st.lists(st.integers(0, 15), min_size=size, max_size=size)))
-    integers = integers.view(num_rows, half_width * 2)
-    packed = pack_four_bit(integers)
-    assert packed.shape == (num_rows, half_width)
-    assert packed.dtype == torch.uint8
-    assert torch.equal(unpack_four_bit(packed), integers.to(torch.uint8))
+from cvm_translator.quantization import FourBitLinear, LayerFormat, TiedEmbedding
+from cvm_translator.quantization import four_bit as four_bit_module
+from cvm_translator.quantization.four_bit import FourBitTiedEmbedding
+from cvm_translator.quantization.kernels import FourBitKernel, find_kernel_group, has_four_bit_kernel
 
 
-def test_byte_layout():
-    assert pack_four_bit(torch.tensor([[1, 2, 15, 0]])).tolist() == [[0x21, 0x0F]]
-    with pytest.raises(ValueError, match="even"):
-        pack_four_bit(torch.tensor([[1, 2, 3]]))
+def make_layer(width: int, num_outputs: int, group_size: int | None, symmetric: bool, bias: bool = True):
+    torch.manual_seed(width + num_outputs)
+    return FourBitLinear.from_linear(nn.Linear(width, num_outputs, bias=bias), group_size, symmetric)
 
 
-def round_group(weights: list[float], symmetric: bool) -> list[float]:
-    if symmetric:
-        step = max(abs(w) for w in weights) / 7 or 1.0
-        return [max(-8, min(7, round(w / step))) * step for w in weights]
-    low, high = min(0.0, *weights), max(0.0, *weights)
-    step = (high - low) / 15 or 1.0
-    zero = round(-low / step)
-    return [(max(0, min(15, round(w / step) + zero)) - zero) * step for w in weights]
+def assert_within_bound(actual: torch.Tensor, values: torch.Tensor, layer: FourBitLinear) -> None:
+    """The bound that `kernels` states, against float64."""
+    weight, values = layer.dequantized_weight().double(), values.double()
+    product = values @ weight.T
+    bound = 2.0**-8 * (2 * values.abs() @ weight.abs().T + product.abs()) + 1e-5
+    expected = product if layer.bias is None else product + layer.bias
+    assert bool(((actual.double() - expected).abs() <= bound).all())
+
+
+@given(
+    width=st.integers(1, 300),
+    num_outputs=st.integers(1, 40),
+    group_size=st.sampled_from([None, 32, 64, 96, 128, 256, 512]),
+    symmetric=st.booleans(),
+    num_rows=st.integers(1, 9),
+    bias=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_fast_product_agrees_with_the_dequantised_weights(width, num_outputs, group_size, symmetric, num_rows, bias):
+    if not has_four_bit_kernel("cpu"):
+        pytest.skip("no 4-bit kernel here")
+    layer = make_layer(width, num_outputs, group_size, symmetric, bias)
+    values = torch.randn(num_rows, width)
+    actual = layer(values)
+    assert isinstance(layer._prepared, FourBitKernel)
+    assert_within_bound(actual, values, layer)
+    assert torch.equal(actual, layer(values.unsqueeze(0))[0])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("width", "group_size"), [(64, 32), (70, 32), (5, 64), (33, 2)])
-def test_values_and_forward(width, group_size, symmetric):
-    torch.manual_seed(0)
-    linear = nn.Linear(width, 6)
+@pytest.mark.parametrize(("width", "group_size"), [(64, 32), (70, 16), (33, 2), (300, 64), (300, None)])
+def test_without_a_kernel_the_product_is_exact(monkeypatch, width, group_size, symmetric):
+    monkeypatch.setattr("cvm_translator.quantization.kernels.has_four_bit_kernel", lambda device_type: False)
+    layer, values = make_layer(width, 24, group_size, symmetric), torch.randn(2, 3, width)
+    expected = functional.linear(values, layer.dequantized_weight(), layer.bias)
+    assert torch.equal(layer(values), expected)
+    assert torch.equal(layer(values), expected)  # from the kept weights
+
+
+def test_many_rows_are_multiplied_exactly():
+    layer = make_layer(64, 32, 32, True)
+    values = torch.randn(four_bit_module.FAST_ROWS + 1, 64)
+    assert torch.equal(layer(values), functional.linear(values, layer.dequantized_weight(), layer.bias))
+
+
+@pytest.mark.parametrize(
+    ("width", "group_size", "expected"),
+    [
+        (256, 64, 64),
+        (1024, None, 256),
+        (96, None, 32),
+        (50, None, 64),
+        (50, 512, 64),
+        (512, 96, 32),
+        (256, 16, None),
+        (256, 48, None),
+    ],
+)
+def test_group_sizes_of_the_kernel(width, group_size, expected):
+    assert find_kernel_group(width, group_size) == expected
+
+
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_what_the_first_use_kept_is_forgotten_when_the_weights_change(group_size):
+    one, other = make_layer(64, 32, group_size, True), make_layer(64, 32, group_size, True)
     with torch.no_grad():
-        linear.weight[2].abs_()  # a row without negative weights
-        linear.weight[3].zero_()
-    four_bit = FourBitLinear.from_linear(linear, group_size=group_size, symmetric=symmetric)
-    expected = torch.tensor(
-        [
-            [v for i in range(0, width, group_size) for v in round_group(row[i : i + group_size], symmetric)]
-            for row in linear.weight.tolist()
-        ]
-    )
-    torch.testing.assert_close(four_bit.dequantized_weight(), expected, rtol=1e-5, atol=1e-6)
-    values = torch.randn(4, 3, width)
-    torch.testing.assert_close(
-        four_bit(values), nn.functional.linear(values, expected, linear.bias), rtol=1e-4, atol=1e-5
-    )
+        other.weight_scale.mul_(2)
+    values = torch.randn(3, 64)
+    one(values), other(values)
+    expected = other(values)
+    twin = copy.deepcopy(one)
+    assert twin._prepared is None
+    assert torch.equal(twin(values), one(values))
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(values), expected)
+    assert one.to(torch.device("cpu"))._prepared is None
 
 
 def test_two_weights_a_byte():
-    four_bit = FourBitLinear.from_linear(nn.Linear(128, 32, bias=False), group_size=64)
-    assert four_bit.weight.numel() * four_bit.weight.element_size() == 128 * 32 // 2
-    assert four_bit.weight_scale.shape == (32, 2)
+    state = make_layer(128, 32, 64, True).state_dict()
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
+        "weight": (torch.uint8, (32, 64)),
+        "weight_scale": (torch.float16, (32, 2)),
+        "bias": (torch.float32, (32,)),
+    }
+    state = make_layer(33, 5, 32, False, bias=False).state_dict()
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
+        "weight": (torch.uint8, (5, 17)),
+        "weight_scale": (torch.float16, (5, 2)),
+        "weight_zero": (torch.uint8, (5, 2)),
+    }
 
 
-def test_odd_group_sizes_are_refused():
+@pytest.mark.parametrize("group_size", [3, 0, -4, 2.0])
+def test_bad_group_sizes_are_refused(group_size):
     with pytest.raises(ValueError, match="group_size"):
-        FourBitLinear.from_linear(nn.Linear(8, 2), group_size=3)
+        FourBitLinear.from_linear(nn.Linear(8, 2), group_size=group_size)
+
+
+def test_nan_weights_are_refused():
+    linear = nn.Linear(8, 2)
+    with torch.no_grad():
+        linear.weight[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="weights are NaN or infinite"):
+        FourBitLinear.from_linear(linear)
+
+
+@pytest.mark.parametrize("group_size", [16, 64, None])
+def test_embedding_gathers_and_projects_its_dequantised_rows(group_size):
+    torch.manual_seed(0)
+    embedding = TiedEmbedding(50, 96)
+    layer_format = LayerFormat("int4", group_size)
+    deployed = FourBitTiedEmbedding.from_weight(embedding.weight, None, layer_format)
+    embedding.fake_quantization, embedding.fake_format = True, layer_format
+    ids, hidden = torch.tensor([[1, 2, 49], [0, 3, 3]]), torch.randn(2, 3, 96)
+    with torch.no_grad():
+        assert torch.equal(deployed.matrix(), embedding.matrix())
+        assert torch.equal(deployed.embed(ids), embedding.embed(ids))
+        assert torch.equal(deployed.round_hidden(hidden), hidden)
+        assert torch.equal(deployed.project(hidden), embedding.project(hidden))
+        assert torch.equal(deployed.project(hidden, deployed.decoding_matrix()), embedding.project(hidden))
