@@ -89,14 +89,22 @@ def describe_outcome(final: dict[str, Any]) -> str:
     deployed = final["deployed"]
     teacher, student = (final["models"][name] for name in ("teacher", deployed))
     teacher_bleu, student_bleu = (final["test"][name]["scores"]["bleu"]["value"] for name in ("teacher", deployed))
-    kept = final["test"][deployed]
+    kept = final["test"][deployed]["retentions"]
+    share = f" ({kept['bleu']['value']:.1%})" if "bleu" in kept else ""  # of a teacher that scores 0 there is none
     return (
-        f"test set: teacher BLEU {teacher_bleu:.1f}, {deployed} student {student_bleu:.1f}"
-        f" ({kept['retentions']['bleu']['value']:.1%}); quality {kept['retentions']['quality_score']['value']:.1%};"
+        f"test set: teacher BLEU {teacher_bleu:.1f}, {deployed} student {student_bleu:.1f}{share};"
+        f" quality {kept['quality_score']['value']:.1%};"
         f" {teacher['num_bytes'] / 2**20:.1f} MiB to {student['num_bytes'] / 2**20:.1f} MiB"
         f" ({teacher['num_bytes'] / student['num_bytes']:.1f} times smaller),"
         f" {student['tokens_per_second'] / teacher['tokens_per_second']:.1f} times the teacher's tokens per second"
     )
+
+
+def describe_verdict(final: dict[str, Any]) -> str:
+    """The run's answer and what it rests on, for a terminal that showed nothing else."""
+    word = "gate passed" if final["gate"]["passed"] else f"GATE FAILED: {'; '.join(final['gate']['failures'])}"
+    halted = f" (halted: {final['halt_reason']})" if final["halted"] else ""
+    return f"{word}{halted}; {describe_outcome(final)}"
 
 
 def _interval(figure: dict[str, float]) -> str:
