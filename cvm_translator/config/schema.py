@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cvm_translator.config.default_corpus import DEFAULT_CORPUS
+from cvm_translator.config.model_presets import MODEL_PRESETS
 
 CORPUS_PRESETS = {"gettext_de_en": DEFAULT_CORPUS}
 
@@ -175,7 +176,8 @@ class TokenizerConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """Sizes of one CVM Transformer."""
+    """Sizes of one CVM Transformer: each by itself, or a preset's (`model: spec_student`), of which some may be changed
+    (`model: {preset: spec_student, dropout: 0.2}`). The preset's name is not kept, only its sizes."""
 
     dim: PositiveInt = 256
     num_heads: PositiveInt = 4
@@ -185,6 +187,18 @@ class ModelConfig(Settings):
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     max_length: int = Field(256, ge=8)
     """Longest sequence in tokens, end mark included; longer training pairs are dropped, longer inputs are split off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"preset": data}
+        if not isinstance(data, dict) or "preset" not in data:
+            return data
+        name, sizes = data["preset"], {key: value for key, value in data.items() if key != "preset"}
+        if name not in MODEL_PRESETS:
+            raise ValueError(f"unknown preset {name!r}: known are {', '.join(MODEL_PRESETS)}")
+        return MODEL_PRESETS[name] | sizes
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:

@@ -72,7 +72,7 @@ def build_model_card(config: RunConfig, final: dict[str, Any]) -> str:
         f"{final['num_iterations']:,} distillation steps ({final['executed_steps']:,} executed,"
         f" {len(final['rollbacks'])} rollbacks), best validation at step {final['best_step']}; temperature"
         f" {config.distillation.temperature:g}, alpha {config.distillation.alpha:g}, beta {config.distillation.beta:g};"
-        f" quantisation {config.quantization.method}, {config.quantization.bits} bits. Trained on"
+        f" {_describe_quantization(config)}. Trained on"
         f" {final['corpus']['train']:,} sentence pairs (SHA-256 of the corpus {final['corpus']['sha256'][:16]}).",
         "All settings are in `metadata.json`, the evidence in the run's `reports/comparison_report.md`.",
         "",
@@ -105,6 +105,17 @@ def describe_verdict(final: dict[str, Any]) -> str:
     word = "gate passed" if final["gate"]["passed"] else f"GATE FAILED: {'; '.join(final['gate']['failures'])}"
     halted = f" (halted: {final['halt_reason']})" if final["halted"] else ""
     return f"{word}{halted}; {describe_outcome(final)}"
+
+
+def _describe_quantization(config: RunConfig) -> str:
+    settings = config.quantization
+    words = {
+        "none": "no quantisation",
+        "qat": f"quantisation-aware training to {settings.bits} bits",
+        "progressive": f"quantisation-aware training with ever fewer bits, {settings.bits} in the end",
+        "mixed": "layers quantised after training to 4, 8 or 16 bits by their sensitivity",
+    }
+    return words.get(settings.method, f"quantised after training to {settings.bits} bits ({settings.method})")
 
 
 def _interval(figure: dict[str, float]) -> str:

@@ -245,6 +245,15 @@ def test_relative_paths_of_overrides_and_keywords_hold_from_anywhere(
     assert given["path"] == Path("teacher")  # the caller's own data
 
 
+def test_models_by_name(write: Any) -> None:
+    text = "teacher: {model: spec_teacher}\nstudent: {model: {preset: deep_encoder_student, dropout: 0.25}}\n"
+    config = load_config(write(MINIMAL + text), ["teacher.model=spec_teacher"])
+    assert (config.teacher.model.dim, config.teacher.model.num_heads) == (768, 12)
+    student = config.student.model
+    assert (student.dim, student.encoder_layers, student.decoder_layers, student.dropout) == (512, 6, 2, 0.25)
+    assert "preset" not in config.to_plain()["student"]["model"]
+
+
 def test_overrides_leave_no_trace_in_the_next_config(write: Any) -> None:
     path = write(MINIMAL)
     before = load_config(path)
@@ -264,6 +273,7 @@ def test_overrides_leave_no_trace_in_the_next_config(write: Any) -> None:
         ("student: {init: teacher_layers, decoder_layers_from: [7]}\n", "layer 7: the teacher has layers 0 to 1"),
         ("student: {encoder_layers_from: [0, 1, 2]}\n", "need student.init teacher_layers"),
         ("validation: {weights: {bleu: 1.0, comet: 1.0}}\n", "weighs comet, which validation.metrics does not measure"),
+        ("student: {model: spec_studnet}\n", "unknown preset 'spec_studnet': known are spec_teacher, spec_student"),
         ("validation: {weights: {bleu: -1.0}}\n", "negative weight"),
     ],
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from cvm_translator.pipeline.cards import describe_outcome, describe_verdict
+from cvm_translator.config import DistillationConfig
+from cvm_translator.pipeline.cards import build_model_card, describe_outcome, describe_verdict
 
 
 @pytest.fixture
@@ -44,3 +45,18 @@ def test_the_verdict_comes_first(final: dict[str, Any]) -> None:
     begin = "GATE FAILED: BLEU keeps 25.0% of the teacher's (halted: 3 rollbacks did not help); test set: "
     assert describe_verdict(final).startswith(begin)
     assert describe_verdict(final | {"gate": {"passed": True}, "halted": False}).startswith("gate passed; test set: ")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("none", "; no quantisation."), ("qat", "; quantisation-aware training to 8 bits.")],
+)
+def test_the_card_tells_how_it_was_quantised(method: str, words: str, final: dict[str, Any]) -> None:
+    for model in final["models"].values():
+        model |= {"num_parameters": 1_000_000, "number_format": "float32"}
+    final["test"]["int8"]["retentions"]["quality_score"] |= {"low": 0.4, "high": 0.6}
+    final |= {"num_iterations": 100, "executed_steps": 100, "rollbacks": [], "best_step": 100}
+    final["corpus"] = {"train": 1000, "sha256": "0123456789abcdef0123"}
+    card = build_model_card(DistillationConfig(quantization={"method": method}), final)
+    assert words in card
+    assert "**FAILED**" in card
