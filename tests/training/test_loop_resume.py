@@ -185,10 +185,10 @@ def test_a_damaged_best_gives_way_to_the_best_before_it(bench: Any, monkeypatch:
     loop = bench.build(script, num_iterations=15, guard={"max_step_budget_ratio": 2.0})
     original = loop.setup.judge.judge
 
-    def judge(state: LoopState, model: Any) -> Any:
+    def judge(state: LoopState, model: Any, bits: int) -> Any:
         if (state.attempt, state.step) == (1, 15):
             flip_a_bit(bench.folder / "run/checkpoints/checkpoint_10")
-        return original(state, model)
+        return original(state, model, bits)
 
     monkeypatch.setattr(loop.setup.judge, "judge", judge)
     loop.setup.store.protect("checkpoint_5")
