@@ -90,8 +90,11 @@ class DeployedLinear(nn.Module):
         return dense
 
     def _apply(self, *arguments: Any, **keywords: Any) -> Any:
-        self._prepared = None
-        return super()._apply(*arguments, **keywords)  # type: ignore[no-untyped-call]
+        before = list(self._buffers.values())
+        super()._apply(*arguments, **keywords)  # type: ignore[no-untyped-call]
+        if any(new is not old for new, old in zip(self._buffers.values(), before, strict=True)):
+            self._prepared = None  # not for nothing: every search asks for its device, and mostly nothing moves
+        return self
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         self._prepared = None

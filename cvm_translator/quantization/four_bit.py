@@ -4,10 +4,10 @@
 `weight_zero` (M, G) uint8; see `four_bit_grid` for what they mean and `kernels` for the fast product. Activations and
 bias stay float.
 
-Up to `FAST_ROWS` rows are multiplied by the kernel, in bfloat16; more rows by the dequantised float32 weights, made for
-the call. Group sizes without a kernel (those that 32 does not divide) keep the dequantised weights from the first use
-on, 4 bytes a weight. So does the tied embedding always: its logits decide between words, and a kernel's bfloat16
-outputs have ties where they have none.
+Up to `FAST_ROWS` rows are multiplied by the kernel, more rows by weights that are dequantised for the call, both in
+bfloat16. Group sizes without a kernel (those that 32 does not divide) multiply exactly, in float32, and keep the
+dequantised weights from the first use on, 4 bytes a weight. So does the tied embedding always: its logits decide
+between words, and a kernel's bfloat16 outputs have ties where they have none.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ from cvm_translator.quantization.four_bit_grid import (
     quantize_four_bit,
     unpack_four_bit,
 )
-from cvm_translator.quantization.kernels import FourBitKernel, build_four_bit_kernel
-
-FAST_ROWS = 128
-"""Up to so many rows the kernel is faster than dequantising and a float32 product."""
+from cvm_translator.quantization.kernels import FAST_ROWS, FourBitKernel, build_four_bit_kernel, multiply_dequantized
 
 
 class FourBitLinear(DeployedLinear):
@@ -68,8 +65,9 @@ class FourBitLinear(DeployedLinear):
         if not isinstance(self._prepared, FourBitKernel):
             return functional.linear(input, self._prepared, self.bias)
         if input.numel() > FAST_ROWS * self.in_features:
-            return functional.linear(input, self.dequantized_weight(), self.bias)
-        output = self._prepared.multiply(input)
+            output = multiply_dequantized(input, self.dequantized_weight())
+        else:
+            output = self._prepared.multiply(input)
         return output if self.bias is None else output + self.bias
 
 

@@ -25,7 +25,7 @@ INT8_MAX = 127.0
 def compute_inverse_step(values: Tensor) -> Tensor:
     """127 / absmax of each row of a float tensor (..., K), as (..., 1); 1 where a row is all zeros."""
     absmax = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
-    return torch.where(absmax == 0, absmax.new_ones(()), INT8_MAX / absmax)
+    return torch.where(absmax == 0, 1.0, INT8_MAX / absmax)
 
 
 def quantize_int8(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,23 @@
 The operators are private to PyTorch (`_weight_int4pack_mm_for_cpu`, `_weight_int4pack_mm` on CUDA), so each is put to
 the test on a small product, once a process and device type; where it is missing, fails or differs, there is no kernel.
 
-They take bfloat16 activations and give bfloat16 outputs; weights and sums are float32 within. Steps of
-`four_bit_grid` are bfloat16 numbers already, so the error is that of rounding inputs and outputs to 8 significant bits
-(asymmetric grids: and the products of step and zero point):
+They take bfloat16 activations and give bfloat16 outputs; weights and sums are float32 within. (With float32 activations
+the CPU's operator is a plain loop, 20 times slower for one row: not used.) They are made for few rows. Up to
+`FAST_ROWS` they are faster than dequantising the weights for a bfloat16 product, above they are slower; µs for 256
+inputs and 1,024 outputs on one Zen 5 core, torch 2.13:
 
-    |y_fast − y| ≤ 2⁻⁸ · (2 · |x| · |W|ᵀ + |y|)        elementwise; in practice 0.2 % of the largest output
+    rows                                     1     8    32    64   128   256
+    the operator                            30    68   220   426   831  1683
+    dequantised, bfloat16                    –     –   342   432   578   912
+    dequantised, float32                   202   250   371   545   851  1505
+    float32 weights, kept                   29    76   195   354   674  1338
 
-With float32 activations the CPU's operator is a plain loop, 20 times slower than bfloat16 for one row: not used.
+Steps of `four_bit_grid` are bfloat16 numbers, so the error of both ways is that of rounding inputs, outputs and (above
+`FAST_ROWS`) weights to 8 significant bits, and on asymmetric grids offsets O = (8 − zero) × step:
+
+    |y_fast − y| ≤ 2⁻⁸ · (|x| · |W|ᵀ + |y|) + 2⁻⁹ · |x| · |O|ᵀ        elementwise; in practice 0.3 % of the largest
+
+Where the processor has no bfloat16 instructions, many rows are multiplied in float32.
 
 The operators know groups of 32, 64, 128 and 256 and multiples of 16 outputs. Larger groups are cut into such (with the
 same step), outputs and inputs padded; other group sizes have no kernel. A kernel keeps its own copy of the packed
@@ -23,10 +33,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from cvm_translator.quantization.four_bit_grid import SYMMETRIC_ZERO, FourBit, dequantize_four_bit, find_group
 
+FAST_ROWS = 64
+"""Up to so many rows the operator is faster than dequantising."""
 _GROUP_SIZES = (256, 128, 64, 32)
 _OUTPUT_MULTIPLE = 16
 
@@ -97,6 +109,21 @@ def _pack(codes: Tensor) -> Tensor:
     inner_tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
     packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], inner_tiles)
     return packed
+
+
+def multiply_dequantized(values: Tensor, weight: Tensor) -> Tensor:
+    """values (..., K) × weight (M, K), transposed -> (..., M); in bfloat16 where that is faster."""
+    if not has_bfloat16_instructions(values.device.type):
+        return linear(values, weight)
+    return linear(values.to(torch.bfloat16), weight.to(torch.bfloat16)).to(values.dtype)
+
+
+@functools.cache
+def has_bfloat16_instructions(device_type: str) -> bool:
+    """Whether bfloat16 products are faster than float32 ones."""
+    if device_type != "cpu":
+        return device_type == "cuda"
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 @functools.cache

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from cvm_translator.quantization import FourBitLinear, LayerFormat, TiedEmbedding
-from cvm_translator.quantization import four_bit as four_bit_module
+from cvm_translator.quantization import FourBitLinear, LayerFormat, TiedEmbedding, kernels
 from cvm_translator.quantization.four_bit import FourBitTiedEmbedding
+from cvm_translator.quantization.four_bit_grid import find_group
 from cvm_translator.quantization.kernels import FourBitKernel, find_kernel_group, has_four_bit_kernel
 
 
@@ -26,7 +26,11 @@ def assert_within_bound(actual: torch.Tensor, values: torch.Tensor, layer: FourB
     """The bound that `kernels` states, against float64."""
     weight, values = layer.dequantized_weight().double(), values.double()
     product = values @ weight.T
-    bound = 2.0**-8 * (2 * values.abs() @ weight.abs().T + product.abs()) + 1e-5
+    bound = 2.0**-8 * (values.abs() @ weight.abs().T + product.abs()) + 1e-6
+    if layer.weight_zero is not None:
+        offsets = (8 - layer.weight_zero.double()) * layer.weight_scale.double()
+        group = find_group(layer.in_features, layer.layer_format.group_size)
+        bound += 2.0**-9 * values.abs() @ offsets.abs().repeat_interleave(group, 1)[:, : layer.in_features].T
     expected = product if layer.bias is None else product + layer.bias
     assert bool(((actual.double() - expected).abs() <= bound).all())
 
@@ -61,10 +65,30 @@ def test_without_a_kernel_the_product_is_exact(monkeypatch, width, group_size, s
     assert torch.equal(layer(values), expected)  # from the kept weights
 
 
-def test_many_rows_are_multiplied_exactly():
-    layer = make_layer(64, 32, 32, True)
-    values = torch.randn(four_bit_module.FAST_ROWS + 1, 64)
-    assert torch.equal(layer(values), functional.linear(values, layer.dequantized_weight(), layer.bias))
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_many_rows_are_multiplied_without_the_kernel(monkeypatch, has_bfloat16):
+    monkeypatch.setattr(kernels, "has_bfloat16_instructions", lambda device_type: has_bfloat16)
+    layer = make_layer(64, 32, 32, False)
+    values = torch.randn(kernels.FAST_ROWS + 1, 64)
+    layer(values[:1])
+    monkeypatch.setattr(FourBitKernel, "multiply", None)
+    actual = layer(values)
+    assert_within_bound(actual, values, layer)
+    exact = functional.linear(values, layer.dequantized_weight()) + layer.bias
+    assert torch.equal(actual, exact) == (not has_bfloat16)
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch):
+    if not has_four_bit_kernel("cpu"):
+        pytest.skip("no 4-bit kernel here")
+    layer, values = make_layer(64, 32, 32, True), torch.randn(3, 64)
+    pack = kernels._pack
+    monkeypatch.setattr(kernels, "_pack", lambda codes: pack(15 - codes))
+    has_four_bit_kernel.cache_clear()
+    try:
+        assert torch.equal(layer(values), functional.linear(values, layer.dequantized_weight(), layer.bias))
+    finally:
+        has_four_bit_kernel.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +121,8 @@ def test_what_the_first_use_kept_is_forgotten_when_the_weights_change(group_size
     assert torch.equal(twin(values), one(values))
     one.load_state_dict(other.state_dict())
     assert torch.equal(one(values), expected)
-    assert one.to(torch.device("cpu"))._prepared is None
+    assert one.to(torch.device("cpu"))._prepared is not None  # nothing moved
+    assert one.to(torch.float64)._prepared is None
 
 
 def test_two_weights_a_byte():
