@@ -1,0 +1,67 @@
+"""A folder that Transformers loads with AutoModelForSeq2SeqLM and AutoTokenizer.
+
+The model is M2M100's, weight for weight. The tokenizer is MarianTokenizer over the same SentencePiece model: M2M100's own
+would add language codes. `split_special_tokens` keeps text such as `</s>` text, and `generation_config.json` decodes as
+the native runtime does: greedily, without bos, pad and unk.
+
+Two habits of MarianTokenizer cannot be set: it takes `>>…<<` at the very start of a text for a language code, and it
+does not compose characters (NFC), which text from some file systems needs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.models.huggingface import to_m2m100
+from cvm_translator.models.transformer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, CvmTransformer
+
+TIED_NAMES = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
+"""Copies of model.shared.weight, made again when the model is loaded."""
+
+
+def write_huggingface(folder: Path, model: CvmTransformer, tokenizer: Tokenizer) -> None:
+    """Write model and tokenizer into an existing folder; the model must be float32."""
+    arguments, weights = to_m2m100(model)
+    special = {
+        name: tokenizer.id_to_piece(index)
+        for name, index in (("bos_token", BOS_ID), ("pad_token", PAD_ID), ("eos_token", EOS_ID), ("unk_token", UNK_ID))
+    }
+    max_length = model.config.max_length
+    files: dict[str, Any] = {
+        "config.json": {"architectures": ["M2M100ForConditionalGeneration"], "model_type": "m2m_100"}
+        | arguments
+        | {"dtype": "float32", "tokenizer_class": "MarianTokenizer"},
+        "generation_config.json": {
+            "bos_token_id": BOS_ID,
+            "pad_token_id": PAD_ID,
+            "eos_token_id": EOS_ID,
+            "decoder_start_token_id": EOS_ID,
+            "suppress_tokens": [BOS_ID, PAD_ID, UNK_ID],
+            "max_length": max_length,
+            "num_beams": 1,
+            "do_sample": False,
+        },
+        "tokenizer_config.json": special
+        | {
+            "tokenizer_class": "MarianTokenizer",
+            "model_max_length": max_length,
+            "separate_vocabs": False,
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+        },
+        "special_tokens_map.json": special,
+        "vocab.json": {tokenizer.id_to_piece(index): index for index in range(tokenizer.vocab_size)},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in ("source.spm", "target.spm"):
+        shutil.copyfile(tokenizer.path, folder / name)
+    kept: dict[str, Tensor] = {name: tensor.contiguous() for name, tensor in weights.items() if name not in TIED_NAMES}
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(kept, metadata={"format": "pt"}))
