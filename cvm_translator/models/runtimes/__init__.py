@@ -13,51 +13,55 @@ from pathlib import Path
 from cvm_translator.errors import ModelError
 from cvm_translator.models.runtimes.base import Runtime, RuntimeSettings
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeSettings", "load_runtime"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeSettings", "import_runtime", "load_runtime"]
 
 
-def _load_native(path: Path, settings: RuntimeSettings) -> Runtime:
+def _native() -> type[Runtime]:
     from cvm_translator.models.runtimes.native import NativeRuntime
 
-    return NativeRuntime(path, settings)
+    return NativeRuntime
 
 
-def _load_ctranslate2(path: Path, settings: RuntimeSettings) -> Runtime:
-    from cvm_translator.models.runtimes.ctranslate2 import Ctranslate2Runtime
-
-    return Ctranslate2Runtime(path, settings)
-
-
-def _load_argos(path: Path, settings: RuntimeSettings) -> Runtime:
-    from cvm_translator.models.runtimes.ctranslate2 import ArgosRuntime
-
-    return ArgosRuntime(path, settings)
-
-
-def _load_huggingface(path: Path, settings: RuntimeSettings) -> Runtime:
+def _huggingface() -> type[Runtime]:
     from cvm_translator.models.runtimes.huggingface import HuggingFaceRuntime
 
-    return HuggingFaceRuntime(path, settings)
+    return HuggingFaceRuntime
 
 
-def _load_onnx(path: Path, settings: RuntimeSettings) -> Runtime:
+def _ctranslate2() -> type[Runtime]:
+    from cvm_translator.models.runtimes.ctranslate2 import Ctranslate2Runtime
+
+    return Ctranslate2Runtime
+
+
+def _argos() -> type[Runtime]:
+    from cvm_translator.models.runtimes.ctranslate2 import ArgosRuntime
+
+    return ArgosRuntime
+
+
+def _onnx() -> type[Runtime]:
     from cvm_translator.models.runtimes.onnx import OnnxRuntime
 
-    return OnnxRuntime(path, settings)
+    return OnnxRuntime
 
 
-RUNTIMES: dict[str, Callable[[Path, RuntimeSettings], Runtime]] = {
-    "native": _load_native,
-    "huggingface": _load_huggingface,
-    "ctranslate2": _load_ctranslate2,
-    "argos": _load_argos,
-    "onnx": _load_onnx,
+RUNTIMES: dict[str, Callable[[], type[Runtime]]] = {
+    "native": _native,
+    "huggingface": _huggingface,
+    "ctranslate2": _ctranslate2,
+    "argos": _argos,
+    "onnx": _onnx,
 }
-"""Each imports its library when it is called."""
+
+
+def import_runtime(name: str) -> type[Runtime]:
+    """The runtime of this name, imported; an unknown name is a ModelError."""
+    if name not in RUNTIMES:
+        raise ModelError(f"unknown runtime {name!r}: known are {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]()
 
 
 def load_runtime(name: str, path: Path | str, settings: RuntimeSettings | None = None) -> Runtime:
-    """The model at `path` in the runtime of this name; raises ModelError where it cannot be loaded."""
-    if name not in RUNTIMES:
-        raise ModelError(f"unknown runtime {name!r}: known are {', '.join(RUNTIMES)}")
-    return RUNTIMES[name](Path(path), settings or RuntimeSettings())
+    """The model at `path`; raises ModelError if it cannot be loaded, MissingDependencyError if its library is absent."""
+    return import_runtime(name)(Path(path), settings or RuntimeSettings())

@@ -37,6 +37,10 @@ class Runtime(abc.ABC):
     """Of the files that hold the weights."""
 
     @abc.abstractmethod
+    def __init__(self, path: Path, settings: RuntimeSettings) -> None:
+        """Load the model; raises ModelError if it cannot be."""
+
+    @abc.abstractmethod
     def translate_ids(
         self, sources: Sequence[Sequence[int]], *, beam_size: int = 1, batch_size: int = 128
     ) -> list[list[int]]:

@@ -43,11 +43,11 @@ class Ctranslate2Runtime(Runtime):
                 inter_threads=settings.num_workers,
                 intra_threads=settings.num_threads or 0,
             )
-            self._tokenizer = Tokenizer.load(tokenizer)
+            self.text_tokenizer = Tokenizer.load(tokenizer)
         except (RuntimeError, ValueError, OSError, CvmError) as error:
             raise ModelError(f"{model} cannot be loaded by CTranslate2 ({error}): export the model again") from error
-        self.tokenizer = self._tokenizer
-        self._pieces = [self._tokenizer.id_to_piece(index) for index in range(self._tokenizer.vocab_size)]
+        self.tokenizer = self.text_tokenizer
+        self._pieces = [self.text_tokenizer.id_to_piece(index) for index in range(self.text_tokenizer.vocab_size)]
         self._ids = {piece: index for index, piece in enumerate(self._pieces)}
         # `disable_unk` rules out the third of the tokens that the native decoder never writes
         self._forbidden = [[self._pieces[index]] for index in (Tokenizer.BOS_ID, Tokenizer.PAD_ID)]

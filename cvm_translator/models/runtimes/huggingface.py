@@ -40,6 +40,7 @@ class HuggingFaceRuntime(Runtime):
         library = import_optional("transformers", "huggingface")
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
+        library.utils.logging.disable_progress_bar()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")

@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.errors import ModelError
 from cvm_translator.models.huggingface import to_m2m100
 from cvm_translator.models.transformer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, CvmTransformer
+
+LOGITS_TOLERANCE = 1e-4
+"""For logits up to 10, and as large a share of larger ones."""
 
 TIED_NAMES = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
 """Copies of model.shared.weight, made again when the model is loaded."""
@@ -65,3 +70,28 @@ def write_huggingface(folder: Path, model: CvmTransformer, tokenizer: Tokenizer)
         shutil.copyfile(tokenizer.path, folder / name)
     kept: dict[str, Tensor] = {name: tensor.contiguous() for name, tensor in weights.items() if name not in TIED_NAMES}
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(kept, metadata={"format": "pt"}))
+
+
+@torch.inference_mode()
+def check_logits(folder: Path, model: CvmTransformer) -> float:
+    """The largest difference between Transformers' logits and the native ones on random ids; raises ModelError if it is
+    no rounding error."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    twin = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    generator = torch.Generator().manual_seed(0)
+    length = min(32, model.config.max_length)
+    src, tgt = torch.randint(UNK_ID + 1, model.vocab_size, (2, 4, length), generator=generator)
+    mask = torch.arange(length)[None] < torch.tensor([[length], [length // 2], [3], [1]])
+    src = src.masked_fill(~mask, PAD_ID)
+    hidden, matrix = model(src, mask, tgt)
+    ours = hidden @ matrix.T
+    theirs = twin(input_ids=src, attention_mask=mask.long(), decoder_input_ids=tgt).logits
+    difference = float((ours - theirs).abs().max())
+    if not difference <= LOGITS_TOLERANCE * max(1.0, float(ours.abs().max()) / 10):
+        raise ModelError(
+            f"Transformers {transformers.__version__} computes other logits than the native model (difference "
+            f"{difference:.2g}), so the export is not written: use another version of it"
+        )
+    return difference

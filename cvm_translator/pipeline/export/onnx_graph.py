@@ -17,18 +17,32 @@ saturates unless the session option `session.x64quantprecision` is 1.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cvm_translator.models.runtimes.onnx import DECODER_FILE, ENCODER_FILE
 from cvm_translator.models.transformer import BOS_ID, PAD_ID, UNK_ID, CvmTransformer
 from cvm_translator.quantization import Int8Linear, Int8TiedEmbedding
 
 OPSET, IR_VERSION = 18, 9
 """Read by ONNX Runtime from 1.17 on."""
 
+MAX_FILE_BYTES = 1_900_000_000
+"""Larger graphs, which no protocol buffer can hold, keep their weights in a file beside them."""
+
 Array = NDArray[Any]
+
+
+def write_onnx(onnx: Any, folder: Path, model: CvmTransformer) -> None:
+    """Write both graphs of a float32 or an int8 model into an existing folder."""
+    writer = ModelWriter(onnx, model)
+    for name, build in ((ENCODER_FILE, writer.build_encoder), (DECODER_FILE, writer.build_decoder)):
+        graph = build()
+        is_large = graph.ByteSize() > MAX_FILE_BYTES
+        onnx.save_model(graph, folder / name, save_as_external_data=is_large, location=f"{name}_data")
 
 
 class Graph:
