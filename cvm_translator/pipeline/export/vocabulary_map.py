@@ -6,8 +6,8 @@ what the model itself makes of them. References are of less use, since they hold
 never write, and a piece for each of them.
 
     always      the most frequent target pieces
-    per piece   target pieces that Model 1 explains by it, best first; bytes call for all bytes; a piece that is rare
-                in the text calls for itself, since names are copied
+    per piece   target pieces that Model 1 explains by it, best first; a byte calls for itself and for the bytes that
+                the targets hold; a piece that is rare in the text calls for itself, since names are copied
 
 Lines are `source piece TAB target pieces`, separated by blanks; the line without source piece holds the first kind.
 """
@@ -40,7 +40,7 @@ FloatArray = NDArray[np.float64]
 class MapSettings:
     """How large a map becomes."""
 
-    num_frequent: int = 150
+    num_frequent: int = 100
     """Target pieces that are always included."""
     max_per_piece: int = 20
     min_count: float = 0.5
@@ -117,10 +117,10 @@ def learn_vocabulary_map(
         if count >= settings.min_count and len(chosen) < settings.max_per_piece and target not in known:
             chosen.append(target)
     is_byte = [_is_byte(tokenizer.id_to_piece(index)) for index in range(vocab_size)]
-    all_bytes = [index for index in range(vocab_size) if is_byte[index]]
+    written_bytes = [index for index in range(vocab_size) if is_byte[index] and target_counts[index]]
     for source in range(UNK_ID + 1, vocab_size):
         if is_byte[source]:
-            lists[source] = all_bytes
+            lists[source] = sorted({source, *written_bytes})
         elif source_counts[source] < settings.max_rare_count and source not in known:
             lists[source] = [source, *(index for index in lists.get(source, ()) if index != source)]
     return VocabularyMap(always, {source: chosen for source, chosen in lists.items() if chosen})
