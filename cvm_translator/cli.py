@@ -180,17 +180,12 @@ def _validate(options: Options) -> int:
 
 
 def _translate(options: Options) -> int:
-    if options.runtime == "ctranslate2":
-        raise ModelError("--runtime ctranslate2: models cannot be exported to CTranslate2 yet; use --runtime native")
-    from cvm_translator.models.decoding import translate_texts
-    from cvm_translator.models.folder import load_model
+    from cvm_translator.models.runtimes import load_runtime
 
-    loaded = load_model(options.model)
+    runtime = load_runtime(options.runtime, options.model)
 
     def translate(texts: list[str]) -> list[str]:
-        return translate_texts(
-            loaded.model, loaded.tokenizer, texts, beam_size=options.beam_size, batch_size=options.batch_size
-        )
+        return runtime.translate(texts, beam_size=options.beam_size, batch_size=options.batch_size)
 
     if options.input is None:
         translate_stream(sys.stdin.buffer, sys.stdout.buffer, translate, "standard input")
@@ -265,18 +260,20 @@ def _quantize(options: Options) -> int:
 
 
 def _export(options: Options) -> int:
-    from cvm_translator.models.folder import load_model, save_model
+    from cvm_translator.pipeline.export import ExportRequest, export_model
 
-    loaded = load_model(options.model)
-    folder = save_model(
+    request = ExportRequest(
+        options.model,
+        options.format,
         options.output,
-        loaded.model,
-        loaded.tokenizer,
-        source_language=loaded.config["source_language"],
-        target_language=loaded.config["target_language"],
-        metadata=loaded.config["metadata"],
+        quantization=options.quantization,
+        corpus=options.corpus,
+        vocabulary_map=options.vocabulary_map,
+        sentences=options.sentences,
+        num_sentences=options.num_sentences,
+        max_drop=options.max_drop,
     )
-    print(folder)
+    print(export_model(request))
     return EXIT_OK
 
 
@@ -382,7 +379,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     translate = add("translate", _translate, "translate standard input, a line each, in order")
     translate.add_argument("--input", type=Path, metavar="FILE", help="read this file instead of standard input")
-    translate.add_argument("--runtime", choices=["native", "ctranslate2"], default="native")
+    translate.add_argument("--runtime", choices=["native", "ctranslate2", "onnx", "huggingface"], default="native")
     translate.add_argument("--beam-size", type=_positive, default=1, metavar="N")
     translate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="sentences decoded together")
     quantize = add("quantize", _quantize, "store a float model with fewer bits")
@@ -411,8 +408,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--pairs", type=Path, metavar="TSV", help="pairs to be judged on (default: the run's validation set)"
     )
     quantize.add_argument("--max-drop", type=float, metavar="BLEU", help="write nothing if more BLEU is lost")
-    export = add("export", _export, "write a model in another format")
-    export.add_argument("--format", choices=["safetensors"], required=True)
+    _add_export_options(export := add("export", _export, "write a model in another format, tried in its runtime"))
     for command in (translate, quantize, export):
         command.add_argument(
             "--model", type=Path, required=True, metavar="DIR", help="model folder, or a run's student folder"
@@ -424,6 +420,31 @@ def build_parser() -> argparse.ArgumentParser:
     corpus_commands = corpus.add_subparsers(metavar="COMMAND", required=True)
     _add_config(add("build", _corpus_build, "read, clean and split the text", corpus_commands), has_progress=False)
     return parser
+
+
+def _add_export_options(command: argparse.ArgumentParser) -> None:
+    formats = ["safetensors", "huggingface", "ctranslate2", "argos", "onnx"]
+    command.add_argument("--format", choices=formats, required=True)
+    command.add_argument("--quantization", choices=["float32", "int8"], help="default: int8 where the format has it")
+    command.add_argument(
+        "--vocabulary-map",
+        action=argparse.BooleanOptionalAction,
+        help="ctranslate2: faster decoding, learnt from the corpus (default: for int8 where a corpus is known)",
+    )
+    command.add_argument(
+        "--corpus", type=Path, metavar="RUN_DIR|TSV", help="text for the vocabulary map (default: the model's own run)"
+    )
+    command.add_argument(
+        "--sentences",
+        type=Path,
+        metavar="FILE",
+        help="what the export is tried on: a sentence a line, with tab and reference where known "
+        "(default: the run's validation set, or built-in sentences)",
+    )
+    command.add_argument("--num-sentences", type=_positive, default=200, metavar="N", help="at most so many of them")
+    command.add_argument(
+        "--max-drop", type=_seconds, default=0.5, metavar="BLEU", help="refuse an int8 export that loses more"
+    )
 
 
 def _add_config(command: argparse.ArgumentParser, *, has_progress: bool) -> None:

@@ -14,7 +14,7 @@ ones are taken as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -25,6 +25,10 @@ from cvm_translator.quantization import TiedEmbedding, convert_with_plan, find_f
 
 COMPACT_BELOW = 0.75
 """Done sentences leave the batch when fewer than this share of its rows is still open: leaving costs a copy."""
+
+
+MAX_LENGTH_RATIO, MAX_LENGTH_EXTRA = 2.0, 10
+"""A translation has at most ratio × (source length) + extra tokens."""
 
 
 class TextTokenizer(Protocol):
@@ -40,8 +44,8 @@ def translate_ids(
     *,
     beam_size: int = 1,
     batch_size: int = 128,
-    max_length_ratio: float = 2.0,
-    max_length_extra: int = 10,
+    max_length_ratio: float = MAX_LENGTH_RATIO,
+    max_length_extra: int = MAX_LENGTH_EXTRA,
     length_penalty: float = 1.0,
     device: torch.device | str | None = None,
 ) -> list[list[int]]:
@@ -211,9 +215,25 @@ def translate_texts(
     batch_size: int = 128,
     device: torch.device | str | None = None,
 ) -> list[str]:
-    """Translate lines of text. An empty line stays empty; a line of more than max_length − 1 tokens is translated in
-    pieces, cut between words (where a word alone is longer, within it), whose translations are joined by spaces."""
-    longest = model.config.max_length - 1
+    """`translate_lines` with the model itself."""
+
+    def translate(sources: list[list[int]]) -> list[list[int]]:
+        return translate_ids(model, sources, beam_size=beam_size, batch_size=batch_size, device=device)
+
+    return translate_lines(tokenizer, texts, model.config.max_length - 1, translate)
+
+
+def translate_lines(
+    tokenizer: TextTokenizer,
+    texts: Sequence[str],
+    longest: int,
+    translate: Callable[[list[list[int]]], list[list[int]]],
+) -> list[str]:
+    """Translate lines of text, whatever runtime turns ids into ids.
+
+    An empty line stays empty; a line of more than `longest` tokens is translated in pieces, cut between words (where a
+    word alone is longer, within it), whose translations are joined by spaces.
+    """
     pieces: list[list[int]] = []
     owners: list[int] = []
     filled = [i for i, text in enumerate(texts) if text.strip()]
@@ -221,9 +241,8 @@ def translate_texts(
         parts = [ids] if len(ids) <= longest else split_long(tokenizer, texts[i], longest)
         pieces += [part for part in parts if part]
         owners += [i for part in parts if part]
-    outputs = translate_ids(model, pieces, beam_size=beam_size, batch_size=batch_size, device=device)
     translated: list[list[str]] = [[] for _ in texts]
-    for i, text in zip(owners, tokenizer.decode(outputs), strict=True):
+    for i, text in zip(owners, tokenizer.decode(translate(pieces)), strict=True):
         translated[i].append(text)
     return [" ".join(parts) for parts in translated]
 

@@ -1,8 +1,9 @@
 """Translate test sets with a model folder in a process of its own, as it would be deployed.
 
 `python -m cvm_translator.pipeline.measure --model DIR --output FILE --set NAME=PAIRS.tsv …` loads the folder from its
-files, translates the sources of each set and writes hypotheses, speed and peak memory as JSON. The process that trained
-the model shares nothing with it but the files, so what is measured is what is delivered.
+files (with `--runtime NAME` an exported one, in the library it is for), translates the sources of each set and writes
+hypotheses, speed and peak memory as JSON. The process that trained the model shares nothing with it but the files, so
+what is measured is what is delivered.
 
 `peak_memory_mib` is the peak resident memory of the whole process, interpreter and libraries included;
 `baseline_memory_mib` is what it held before the model was loaded. `tokens_per_second` counts generated tokens, end
@@ -24,12 +25,20 @@ from cvm_translator.runs import atomic
 
 
 def measure_folder(
-    model: Path, sets: dict[str, Path], output: Path, *, beam_size: int, batch_size: int, device: str, num_threads: int
+    model: Path,
+    sets: dict[str, Path],
+    output: Path,
+    *,
+    beam_size: int,
+    batch_size: int,
+    device: str,
+    num_threads: int,
+    runtime: str = "native",
 ) -> dict[str, Any]:
     """Run this module in a fresh process and return what it measured; raises ModelError if it failed."""
     command = [sys.executable, "-m", "cvm_translator.pipeline.measure", "--model", str(model), "--output", str(output)]
     command += ["--beam-size", str(beam_size), "--batch-size", str(batch_size)]
-    command += ["--device", device, "--num-threads", str(num_threads)]
+    command += ["--device", device, "--num-threads", str(num_threads), "--runtime", runtime]
     for name, path in sets.items():
         command += ["--set", f"{name}={path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -50,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-threads", type=int, default=1)
+    parser.add_argument("--runtime", default="native")
     options = parser.parse_args(arguments)
     try:
         sets = dict(item.split("=", 1) for item in options.sets)
@@ -62,31 +72,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, sets: dict[str, Path]) -> dict[str, Any]:
-    import torch
+    from cvm_translator.models.runtimes import RuntimeSettings, import_runtime
 
-    from cvm_translator.models.decoding import translate_texts
-    from cvm_translator.models.folder import load_model
-
-    torch.set_num_threads(options.num_threads)
+    runtime = import_runtime(options.runtime)
     baseline = _peak_memory_mib()
-    loaded = load_model(options.model, options.device)
+    loaded = runtime(options.model, RuntimeSettings(options.device, options.num_threads))
     hypotheses: dict[str, list[str]] = {}
     tokens_per_second = 0.0
     for index, (name, path) in enumerate(sets.items()):
         sources = [line.split("\t", 1)[0] for line in path.read_text(encoding="utf-8").split("\n") if line]
         start = time.perf_counter()
-        hypotheses[name] = translate_texts(
-            loaded.model, loaded.tokenizer, sources, beam_size=options.beam_size, batch_size=options.batch_size
-        )
+        hypotheses[name] = loaded.translate(sources, beam_size=options.beam_size, batch_size=options.batch_size)
         seconds = time.perf_counter() - start
         if index == 0:
             num_tokens = sum(len(ids) + 1 for ids in loaded.tokenizer.encode(hypotheses[name]))
             tokens_per_second = num_tokens / seconds
     return {
         "model": str(options.model),
-        "number_format": loaded.config["number_format"],
-        "num_parameters": loaded.model.num_parameters(),
-        "num_bytes": (options.model / "model.safetensors").stat().st_size,
+        "number_format": loaded.facts["number_format"],
+        "num_parameters": loaded.facts["num_parameters"],
+        "num_bytes": loaded.num_bytes,
         "hypotheses": hypotheses,
         "tokens_per_second": tokens_per_second,
         "peak_memory_mib": _peak_memory_mib(),

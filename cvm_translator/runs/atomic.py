@@ -1,16 +1,19 @@
 """Files that are either the old one or the new one, whatever happens in between.
 
 Guarantees: a file is written beside its target, fsynced, renamed over it, and the folder is fsynced. A reader never
-sees a half-written file; a crash leaves at most a stray `.tmp-*` file.
+sees a half-written file; a crash leaves at most a stray `.tmp-*` file. `new_folder` does the same for a whole folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +41,33 @@ def write_stream(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends, and vanishes when the block raises.
+
+    Raises FileExistsError where there is something already: nothing is ever overwritten.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*"), reverse=True):
+            if file.is_dir():
+                fsync_directory(file)
+            else:
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        fsync_directory(temporary)
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(path.parent)
 

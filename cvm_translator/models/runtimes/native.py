@@ -1,0 +1,36 @@
+"""This program's own runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cvm_translator.models.decoding import translate_ids
+from cvm_translator.models.folder import WEIGHTS_FILE, find_model_folder, load_model
+from cvm_translator.models.runtimes.base import Runtime, RuntimeSettings
+
+
+class NativeRuntime(Runtime):
+    """A model folder; of a run's `student` folder, the deployed one (int8, else float)."""
+
+    def __init__(self, path: Path, settings: RuntimeSettings) -> None:
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        loaded = load_model(path, settings.device)
+        self._model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.facts = {
+            "format": "safetensors",
+            "number_format": loaded.config["number_format"],
+            "max_length": loaded.model.config.max_length,
+            "num_parameters": loaded.model.num_parameters(),
+            "source_language": loaded.config["source_language"],
+            "target_language": loaded.config["target_language"],
+        }
+        self.num_bytes = (find_model_folder(path) / WEIGHTS_FILE).stat().st_size
+
+    def translate_ids(
+        self, sources: Sequence[Sequence[int]], *, beam_size: int = 1, batch_size: int = 128
+    ) -> list[list[int]]:
+        return translate_ids(self._model, sources, beam_size=beam_size, batch_size=batch_size)
