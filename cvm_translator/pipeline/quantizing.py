@@ -8,8 +8,7 @@ sentences to calibrate on without them, and folders that exist.
 
 from __future__ import annotations
 
-import shutil
-import uuid
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from cvm_translator.pipeline.comparison import FolderComparison, compare_folders
 from cvm_translator.pipeline.formats import Calibration, build_deploy, choose_plan, save_plan
 from cvm_translator.pipeline.scoring import read_pairs
 from cvm_translator.quantization import convert_with_plan
-from cvm_translator.runs.atomic import TEMPORARY_PREFIX
+from cvm_translator.runs import atomic
 
 PLAN_FILE = "quantization_plan.yaml"
 CALIBRATION_SEED = 13
@@ -67,11 +66,10 @@ def quantize_folder(
     converted, plan = _convert(request, source, loaded, calibration)
     if plan is not None:
         report(plan.get("message", f"plan of {request.settings.plan}"))
-    temporary = request.output.parent / f"{TEMPORARY_PREFIX}{request.output.name}-{uuid.uuid4().hex[:8]}"
     described = loaded.config
-    try:
+    with atomic.new_folder(request.output) as folder:
         save_model(
-            temporary,
+            folder,
             converted,
             loaded.tokenizer,
             source_language=described["source_language"],
@@ -79,18 +77,14 @@ def quantize_folder(
             metadata=described["metadata"] | {"quantization": request.settings.model_dump(mode="json")},
         )
         if plan is not None:
-            save_plan(temporary / PLAN_FILE, plan)
-        comparison = None
-        if judged_on is None and judge:
-            report(f"not judged: {source} belongs to no run; name sentences with --pairs FILE.tsv to have it judged")
-        elif judged_on is not None:
-            comparison = compare_folders(source, temporary, judged_on, described["target_language"])
-            if request.max_drop is not None:
-                refuse_loss(comparison, request.max_drop)
-        _refuse_existing(request.output)
-        temporary.rename(request.output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            save_plan(folder / PLAN_FILE, plan)
+        if judged_on is None:
+            if judge:
+                report(f"not judged: {source} belongs to no run; name sentences to judge on with --pairs FILE.tsv")
+            return None
+        comparison = compare_folders(source, folder, judged_on, described["target_language"])
+        if request.max_drop is not None:
+            refuse_loss(comparison, request.max_drop)
     return comparison
 
 
@@ -116,7 +110,7 @@ def find_float_folder(path: Path) -> Path:
 
 
 def _refuse_existing(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if os.path.lexists(output):
         raise ModelError(f"{output} exists already: remove it or choose another folder")
 
 
