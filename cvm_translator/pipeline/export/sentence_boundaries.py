@@ -56,7 +56,10 @@ def build_sentence_boundaries(onnx: Any, language: str) -> Any:
     """The ONNX model, with MiniSBD's metadata."""
     vocabulary = build_vocabulary()
     table = np.array(
-        [[name in classify(unit) for name in CLASSES] if len(unit) == 1 else [False] * len(CLASSES) for unit in vocabulary]
+        [
+            [name in classify(unit) for name in CLASSES] if len(unit) == 1 else [False] * len(CLASSES)
+            for unit in vocabulary
+        ]
     )
     graph = Graph(onnx)
     units = graph.input("units", np.int64, "batch", "characters")

@@ -57,13 +57,13 @@ class Verification:
 
     def describe(self) -> list[str]:
         lines = [
-            f"verified   {self.agreement:.1%} of {self.num_sentences} sentences ({self.sentences}) translated as by the "
-            f"{self.compared_with}"
+            f"verified   {self.agreement:.1%} of {self.num_sentences} sentences ({self.sentences}) translated as by "
+            f"the {self.compared_with}"
         ]
         if self.bleu is not None:
             lines.append(
-                f"BLEU       {self.bleu.before:.2f} -> {self.bleu.after:.2f} ({self.bleu.difference:+.2f}, 95 % interval "
-                f"{self.bleu.low:+.2f} to {self.bleu.high:+.2f})"
+                f"BLEU       {self.bleu.before:.2f} -> {self.bleu.after:.2f} ({self.bleu.difference:+.2f}, 95 % "
+                f"interval {self.bleu.low:+.2f} to {self.bleu.high:+.2f})"
             )
         return [
             *lines,
@@ -133,9 +133,7 @@ def verify_export(
 def _compare_bleu(before: list[str], after: list[str], references: list[str], target_language: str) -> BleuChange:
     (bleu,) = build_metrics(["bleu"], MetricOptions(target_language=target_language))
     counts = resampling_counts(len(before), NUM_DRAWS, DRAWS_SEED)
-    compared = paired_bootstrap(
-        bleu, bleu.statistics(before, references), bleu.statistics(after, references), counts
-    )
+    compared = paired_bootstrap(bleu, bleu.statistics(before, references), bleu.statistics(after, references), counts)
     return BleuChange(compared.score_a, compared.score_b, compared.difference, *compared.interval)
 
 
