@@ -63,5 +63,5 @@ def import_runtime(name: str) -> type[Runtime]:
 
 
 def load_runtime(name: str, path: Path | str, settings: RuntimeSettings | None = None) -> Runtime:
-    """The model at `path`; raises ModelError if it cannot be loaded, MissingDependencyError if its library is absent."""
+    """The model at `path`; raises ModelError if it cannot be loaded, MissingDependencyError without its library."""
     return import_runtime(name)(Path(path), settings or RuntimeSettings())

@@ -87,14 +87,14 @@ class ArgosRuntime(Ctranslate2Runtime):
 
     def __init__(self, path: Path, settings: RuntimeSettings) -> None:
         package = path if path.is_file() else next(iter(sorted(path.glob("*.argosmodel"))), path)
-        self._folder = tempfile.TemporaryDirectory()
-        try:
-            with zipfile.ZipFile(package) as archive:
-                archive.extractall(self._folder.name)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ModelError(f"{package} is no .argosmodel package ({error}): export the model again") from error
-        roots = [file.parent for file in Path(self._folder.name).glob(f"*/{EXPORT_FILE}")]
-        if len(roots) != 1:
-            raise ModelError(f"{package} was not written by this program: it has no {EXPORT_FILE}")
-        self.facts = load_export_facts(roots[0], "argos")
-        self._load(roots[0] / "model", roots[0] / MODEL_NAME, settings)
+        with tempfile.TemporaryDirectory() as scratch:  # CTranslate2 reads everything when it loads
+            try:
+                with zipfile.ZipFile(package) as archive:
+                    archive.extractall(scratch)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise ModelError(f"{package} is no .argosmodel package ({error}): export the model again") from error
+            roots = [file.parent for file in Path(scratch).glob(f"*/{EXPORT_FILE}")]
+            if len(roots) != 1:
+                raise ModelError(f"{package} was not written by this program: it has no {EXPORT_FILE}")
+            self.facts = load_export_facts(roots[0], "argos")
+            self._load(roots[0] / "model", roots[0] / MODEL_NAME, settings)

@@ -45,13 +45,7 @@ def build_specification(library: Any, model: CvmTransformer, tokenizer: Tokenize
         _set_feed_forward(part.ffn, layer)
     for part, layer in zip(decoder.layer, model.decoder_layers, strict=True):
         _set_self_attention(part.self_attention, layer)
-        _set_norm(part.attention.layer_norm, layer.cross_attention_norm)
-        for linear, module in zip(
-            part.attention.linear,
-            (layer.cross_attention.q, layer.cross_attention.kv, layer.cross_attention.out),
-            strict=True,
-        ):
-            _set_linear(linear, module)
+        _set_cross_attention(part.attention, layer)
         _set_feed_forward(part.ffn, layer)
     pieces = [tokenizer.id_to_piece(index) for index in range(tokenizer.vocab_size)]
     specification.register_source_vocabulary(pieces)
@@ -61,8 +55,6 @@ def build_specification(library: Any, model: CvmTransformer, tokenizer: Tokenize
     settings.unk_token, settings.decoder_start_token = pieces[Tokenizer.UNK_ID], pieces[Tokenizer.EOS_ID]
     settings.add_source_bos, settings.add_source_eos = False, True
     specification.validate()
-    # Only finds equal tensors and keeps one of each: the numbers are in their final format already.
-    specification.optimize(quantization=None)
     return specification
 
 
@@ -77,6 +69,8 @@ def write_ctranslate2(
 ) -> None:
     """Write the files that CTranslate2 loads into an existing folder."""
     specification = build_specification(library, model, tokenizer, num_positions or model.config.max_length + 1)
+    # Only finds equal tensors and keeps one of each: the numbers are in their final format already.
+    specification.optimize(quantization=None)
     specification.save(str(folder))
     if vocabulary_map is not None:
         (folder / MAP_FILE).write_text(vocabulary_map, encoding="utf-8")
@@ -100,6 +94,13 @@ def _set_linear(part: Any, module: Any) -> None:
 def _set_self_attention(part: Any, layer: Any) -> None:
     _set_norm(part.layer_norm, layer.attention_norm)
     for linear, module in zip(part.linear, (layer.attention.qkv, layer.attention.out), strict=True):
+        _set_linear(linear, module)
+
+
+def _set_cross_attention(part: Any, layer: Any) -> None:
+    _set_norm(part.layer_norm, layer.cross_attention_norm)
+    attention = layer.cross_attention
+    for linear, module in zip(part.linear, (attention.q, attention.kv, attention.out), strict=True):
         _set_linear(linear, module)
 
 

@@ -34,7 +34,7 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.export.argos import SUFFIX, write_argos
 from cvm_translator.pipeline.export.readmes import build_readme
 from cvm_translator.pipeline.export.sentences import choose_sentences, find_run, load_map_pairs
-from cvm_translator.pipeline.export.verify import Verification, verify_export
+from cvm_translator.pipeline.export.verify import verify_export
 from cvm_translator.pipeline.export.vocabulary_map import add_vocabulary_map
 from cvm_translator.quantization import AdvancedQuantizer, QuantizationType, TiedEmbedding
 from cvm_translator.runs.atomic import TEMPORARY_PREFIX, fsync_directory, new_folder, write_json
@@ -195,10 +195,10 @@ def _check_output(output: Path) -> None:
 
 def _find_source(request: ExportRequest) -> Path:
     """The model folder to read: of a run's `student` folder the float model, but for a copy in our own format."""
-    if request.format != "safetensors" and not (request.model / CONFIG_FILE).is_file():
-        if (request.model / "float" / CONFIG_FILE).is_file():
-            return request.model / "float"
-    return find_model_folder(request.model)
+    floating = request.model / "float"
+    if request.format == "safetensors" or (request.model / CONFIG_FILE).is_file():
+        return find_model_folder(request.model)
+    return find_model_folder(floating if (floating / CONFIG_FILE).is_file() else request.model)
 
 
 def _choose_number_format(request: ExportRequest, form: Format, source: Path, loaded: LoadedModel) -> str:

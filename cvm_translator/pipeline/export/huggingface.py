@@ -1,8 +1,8 @@
 """A folder that Transformers loads with AutoModelForSeq2SeqLM and AutoTokenizer.
 
-The model is M2M100's, weight for weight. The tokenizer is MarianTokenizer over the same SentencePiece model: M2M100's own
-would add language codes. `split_special_tokens` keeps text such as `</s>` text, and `generation_config.json` decodes as
-the native runtime does: greedily, without bos, pad and unk.
+The model is M2M100's, weight for weight. The tokenizer is MarianTokenizer over the same SentencePiece model: M2M100's
+own would add language codes. `split_special_tokens` keeps text such as `</s>` text, and `generation_config.json`
+decodes as the native runtime does: greedily, without bos, pad and unk.
 
 Two habits of MarianTokenizer cannot be set: it takes `>>…<<` at the very start of a text for a language code, and it
 does not compose characters (NFC), which text from some file systems needs.

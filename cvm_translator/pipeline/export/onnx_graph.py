@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from cvm_translator.models.runtimes.onnx import DECODER_FILE, ENCODER_FILE
 from cvm_translator.models.transformer import BOS_ID, PAD_ID, UNK_ID, CvmTransformer
@@ -67,7 +68,7 @@ class Graph:
         return name
 
     def number(self, value: float) -> str:
-        return self.constant(f"number_{value!r}", np.float32(value))
+        return self.constant(f"number_{value!r}", np.array(value, dtype=np.float32))
 
     def integers(self, *values: int) -> str:
         return self.constant("integers_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
@@ -98,6 +99,7 @@ class ModelWriter:
 
     def __init__(self, onnx: Any, model: CvmTransformer) -> None:
         self._onnx, self._model, self._config = onnx, model, model.config
+        self._embedding: nn.Module = model.embedding
         self._head_dim = model.config.dim // model.config.num_heads
 
     # ----------------------------------------------------------------------------------------------------- the graphs
@@ -247,7 +249,9 @@ class ModelWriter:
         scaled = graph.add("Mul", x, graph.add("Div", graph.number(127.0), absmax))
         shifted = graph.add("Add", graph.add("Round", scaled), graph.number(128.0))
         integers = graph.add("Cast", shifted, to=self._onnx.TensorProto.UINT8)
-        product = graph.add("MatMulInteger", integers, weight, graph.constant("zero_point", np.uint8(128)))
+        product = graph.add(
+            "MatMulInteger", integers, weight, graph.constant("zero_point", np.array(128, dtype=np.uint8))
+        )
         product = graph.add("Cast", product, to=self._onnx.TensorProto.FLOAT)
         step = graph.add("Div", absmax, graph.number(127.0))
         return graph.add("Mul", graph.add("Mul", product, step), weight_step)
@@ -259,7 +263,7 @@ class ModelWriter:
     def _embed(self, graph: Graph, ids: str, order: list[int]) -> str:
         """ids (...) -> (..., D), scaled by √D; `order` moves the first dimension to the end."""
         rows = graph.add("Gather", self._matrix(graph), ids, axis=1)  # (D, ...)
-        if isinstance(self._model.embedding, Int8TiedEmbedding):
+        if isinstance(self._embedding, Int8TiedEmbedding):
             rows = graph.add("Cast", rows, to=self._onnx.TensorProto.FLOAT)
             steps = graph.add("Gather", self._parameter(graph, "embedding.weight_scale"), ids)  # (...)
             rows = graph.add("Mul", rows, steps)
@@ -267,7 +271,7 @@ class ModelWriter:
 
     def _project(self, graph: Graph, x: str) -> str:
         matrix = self._matrix(graph)
-        if isinstance(self._model.embedding, Int8TiedEmbedding):
+        if isinstance(self._embedding, Int8TiedEmbedding):
             steps = self._parameter(graph, "embedding.weight_scale")
             logits = self._multiply_int8(graph, x, matrix, steps)
             return graph.add("Identity", logits, name="logits")

@@ -16,8 +16,8 @@ from cvm_translator.runs.layout import RunLayout
 T = TypeVar("T")
 
 _SUBJECTS = {
-    "de": "Die Datei|Das Fenster|Der Benutzer|Die Nachricht|Das Programm|Der Ordner|Die Sprache|Der Server|Das Bild|Sie",
-    "en": "The file|The window|The user|The message|The program|The folder|The language|The server|The image|She",
+    "de": "Die Datei|Das Fenster|Der Benutzer|Die Nachricht|Das Programm|Der Ordner|Die Sprache|Der Server|Das Bild",
+    "en": "The file|The window|The user|The message|The program|The folder|The language|The server|The image",
 }
 _PREDICATES = {
     "de": "wurde gestern gelöscht.|ist nicht verfügbar.|kann nicht geöffnet werden!|muss noch einmal geprüft werden.|"

@@ -57,13 +57,13 @@ class Verification:
 
     def describe(self) -> list[str]:
         lines = [
-            f"verified   {self.agreement:.1%} of {self.num_sentences} sentences ({self.sentences}) translated as by the "
-            f"{self.compared_with}"
+            f"verified   {self.agreement:.1%} of {self.num_sentences} sentences ({self.sentences}) translated as by "
+            f"the {self.compared_with}"
         ]
         if self.bleu is not None:
             lines.append(
-                f"BLEU       {self.bleu.before:.2f} -> {self.bleu.after:.2f} ({self.bleu.difference:+.2f}, 95 % interval "
-                f"{self.bleu.low:+.2f} to {self.bleu.high:+.2f})"
+                f"BLEU       {self.bleu.before:.2f} -> {self.bleu.after:.2f} ({self.bleu.difference:+.2f}, 95 % "
+                f"interval {self.bleu.low:+.2f} to {self.bleu.high:+.2f})"
             )
         return [
             *lines,
