@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cvm_translator import __version__
-from cvm_translator.errors import EXIT_ERROR, EXIT_OK, CvmError, ModelError, Stopped
+from cvm_translator.errors import EXIT_ERROR, EXIT_OK, CvmError, Stopped
 
 if TYPE_CHECKING:
     from cvm_translator.config import RunConfig

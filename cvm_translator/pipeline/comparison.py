@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import ModelError
 from cvm_translator.metrics import MetricOptions, build_metrics
 from cvm_translator.metrics.resampling import PairedComparison, paired_bootstrap, resampling_counts
 from cvm_translator.pipeline.measure import measure_folder
-from cvm_translator.runs.layout import RunLayout
 
 COMPARED = ("bleu", "chrf", "ter")
 NUM_DRAWS = 2000
@@ -102,21 +100,6 @@ def compare_hypotheses(
         first, second = (metric.statistics(item["hypotheses"]["pairs"], references, sources) for item in measured)
         compared[metric.name] = paired_bootstrap(metric, first, second, counts)
     return compared
-
-
-def find_run(folder: Path) -> RunLayout | None:
-    """The run whose `student` or `teacher` folder a model folder lies in, if any."""
-    for parent in list(folder.resolve().parents)[:2]:
-        layout = RunLayout(parent)
-        if layout.config.is_file() and layout.corpus.is_dir():
-            return layout
-    return None
-
-
-def load_judging_pairs(folder: Path, split: str = "validation") -> list[Pair] | None:
-    """The validation set of the run that a model folder belongs to; None for a folder of its own."""
-    layout = find_run(folder)
-    return None if layout is None else load_split(layout.corpus, split)
 
 
 def format_comparison(comparison: FolderComparison) -> str:

@@ -8,7 +8,6 @@ sentences to calibrate on without them, and folders that exist.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import ConfigError, CvmError, ModelError
-from cvm_translator.models.description import CONFIG_FILE
 from cvm_translator.models.folder import LoadedModel, load_model, save_model
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.pipeline.comparison import FolderComparison, compare_folders, find_run, refuse_loss
+from cvm_translator.pipeline.comparison import FolderComparison, compare_folders, refuse_loss
 from cvm_translator.pipeline.formats import Calibration, build_deploy, choose_plan, save_plan
+from cvm_translator.pipeline.places import find_float_folder, find_run, refuse_existing
 from cvm_translator.pipeline.scoring import read_pairs
 from cvm_translator.quantization import convert_with_plan
 from cvm_translator.runs import atomic
@@ -55,7 +54,7 @@ def quantize_folder(
     Without `judge` the model is only written: for callers that judge it themselves.
     """
     source = find_float_folder(request.model)
-    _refuse_existing(request.output)
+    refuse_existing(request.output)
     judged_on = _find_pairs(request.pairs, source, "validation") if judge else None
     if judged_on is None and request.max_drop is not None:
         raise ConfigError(
@@ -102,16 +101,6 @@ def _convert(
         raise
     except ValueError as error:  # layers that no grid can hold, a plan for another model, a quantised model
         raise ModelError(f"{settings.plan or source}: {error}") from error
-
-
-def find_float_folder(path: Path) -> Path:
-    """The folder itself, or the `float` one in a run's `student` folder."""
-    return path / "float" if (path / "float" / CONFIG_FILE).is_file() else path
-
-
-def _refuse_existing(output: Path) -> None:
-    if os.path.lexists(output):
-        raise ModelError(f"{output} exists already: remove it or choose another folder")
 
 
 def _find_pairs(named: Path | None, model: Path, split: str) -> Sequence[Pair] | None:

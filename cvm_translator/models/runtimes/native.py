@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from cvm_translator.models.decoding import translate_ids
-from cvm_translator.models.folder import WEIGHTS_FILE, find_model_folder, load_model
+from cvm_translator.models.description import WEIGHTS_FILE
+from cvm_translator.models.folder import find_model_folder, load_model
 from cvm_translator.models.runtimes.base import Runtime, RuntimeSettings
 
 

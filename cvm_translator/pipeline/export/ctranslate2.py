@@ -17,7 +17,7 @@ import numpy as np
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.models.runtimes.ctranslate2 import MAP_FILE
 from cvm_translator.models.transformer import FIRST_POSITION, CvmTransformer, compute_positions
-from cvm_translator.quantization import Int8Linear, Int8TiedEmbedding
+from cvm_translator.quantization.deployed import Int8Linear, Int8TiedEmbedding
 
 
 def build_specification(library: Any, model: CvmTransformer, tokenizer: Tokenizer, num_positions: int) -> Any:

@@ -21,21 +21,16 @@ from typing import Any
 from cvm_translator import __version__
 from cvm_translator.corpus.tokenizer import MODEL_NAME, Tokenizer
 from cvm_translator.errors import ModelError, import_optional
-from cvm_translator.models.folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    LoadedModel,
-    find_model_folder,
-    load_model,
-    save_model,
-)
+from cvm_translator.models.description import WEIGHTS_FILE
+from cvm_translator.models.folder import LoadedModel, find_model_folder, load_model, save_model
 from cvm_translator.models.runtimes.base import EXPORT_FILE
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.export.argos import SUFFIX, write_argos
 from cvm_translator.pipeline.export.readmes import build_readme
-from cvm_translator.pipeline.export.sentences import choose_sentences, find_run, load_map_pairs
+from cvm_translator.pipeline.export.sentences import choose_sentences, load_map_pairs
 from cvm_translator.pipeline.export.verify import verify_export
 from cvm_translator.pipeline.export.vocabulary_map import add_vocabulary_map
+from cvm_translator.pipeline.places import find_float_folder, find_run, refuse_existing
 from cvm_translator.quantization import AdvancedQuantizer, QuantizationType, TiedEmbedding
 from cvm_translator.runs.atomic import TEMPORARY_PREFIX, fsync_directory, new_folder, write_json
 
@@ -140,7 +135,7 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
     if request.format not in FORMATS:
         raise ModelError(f"unknown export format {request.format!r}: known are {', '.join(FORMATS)}")
     form = FORMATS[request.format]
-    _check_output(request.output)
+    refuse_existing(request.output)
     source = _find_source(request)
     libraries = {name: import_optional(name, request.format) for name in form.libraries}
     loaded = load_model(source)
@@ -188,17 +183,9 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
     return request.output
 
 
-def _check_output(output: Path) -> None:
-    if os.path.lexists(output):
-        raise ModelError(f"{output} exists already: remove it or choose another folder")
-
-
 def _find_source(request: ExportRequest) -> Path:
     """The model folder to read: of a run's `student` folder the float model, but for a copy in our own format."""
-    floating = request.model / "float"
-    if request.format == "safetensors" or (request.model / CONFIG_FILE).is_file():
-        return find_model_folder(request.model)
-    return find_model_folder(floating if (floating / CONFIG_FILE).is_file() else request.model)
+    return find_model_folder(request.model if request.format == "safetensors" else find_float_folder(request.model))
 
 
 def _choose_number_format(request: ExportRequest, form: Format, source: Path, loaded: LoadedModel) -> str:
@@ -242,7 +229,7 @@ def _find_corpus(request: ExportRequest, number_format: str) -> Path | None:
 def _convert(model: CvmTransformer, number_format: str) -> CvmTransformer:
     is_float = isinstance(model.embedding, TiedEmbedding)
     if number_format == "int8" and is_float:
-        return AdvancedQuantizer(QuantizationType.DYNAMIC_INT8).convert(model)
+        return AdvancedQuantizer(QuantizationType.DYNAMIC).convert(model)
     return model
 
 
@@ -271,6 +258,6 @@ def _new_place(request: ExportRequest) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}{output.name}-", dir=output.parent) as scratch:
         yield Path(scratch)
         (package,) = Path(scratch).glob(f"*{SUFFIX}")
-        _check_output(output)
+        refuse_existing(output)
         os.rename(package, output)
         fsync_directory(output.parent)

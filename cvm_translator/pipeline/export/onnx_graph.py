@@ -26,7 +26,7 @@ from torch import nn
 
 from cvm_translator.models.runtimes.onnx import DECODER_FILE, ENCODER_FILE
 from cvm_translator.models.transformer import BOS_ID, PAD_ID, UNK_ID, CvmTransformer
-from cvm_translator.quantization import Int8Linear, Int8TiedEmbedding
+from cvm_translator.quantization.deployed import Int8Linear, Int8TiedEmbedding
 
 OPSET, IR_VERSION = 18, 9
 """Read by ONNX Runtime from 1.17 on."""

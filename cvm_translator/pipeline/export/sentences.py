@@ -10,6 +10,7 @@ from typing import TypeVar
 from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import CorpusError
+from cvm_translator.pipeline.places import find_run
 from cvm_translator.pipeline.scoring import read_pairs
 from cvm_translator.runs.layout import RunLayout
 
@@ -37,15 +38,6 @@ class Sentences:
     sources: list[str]
     references: list[str] | None
     origin: str
-
-
-def find_run(model: Path) -> RunLayout | None:
-    """The run folder in which a model folder lies (`RUN/student`, `RUN/student/float`, `RUN/teacher/model`)."""
-    for folder in (model, *model.absolute().parents[:2]):
-        layout = RunLayout(folder)
-        if layout.config.is_file() and (layout.corpus / "manifest.json").is_file():
-            return layout
-    return None
 
 
 def choose_sentences(model: Path, file: Path | None, source_language: str, num_sentences: int) -> Sentences:

@@ -152,7 +152,7 @@ def test_ctranslate2_s_own_quantisation_gives_the_same_integers(exports: Any) ->
     import ctranslate2
 
     loaded = load_model(exports.student / "float")
-    int8 = AdvancedQuantizer(QuantizationType.DYNAMIC_INT8).convert(loaded.model)
+    int8 = AdvancedQuantizer(QuantizationType.DYNAMIC).convert(loaded.model)
     arguments = (loaded.tokenizer, loaded.model.config.max_length + 1)
     ours, theirs = (build_specification(ctranslate2, model, *arguments) for model in (int8, loaded.model))
     ours.optimize(quantization=None)
