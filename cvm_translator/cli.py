@@ -308,8 +308,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _bleu(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 100:
+        raise ValueError
+    return number
+
+
 # what argparse calls a bad value of theirs
 _positive.__name__, _seconds.__name__ = "number from 1 up", "number of seconds above 0"
+_bleu.__name__ = "number of BLEU from 0 up"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -404,7 +412,7 @@ def _add_export_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--num-sentences", type=_positive, default=200, metavar="N", help="at most so many of them")
     command.add_argument(
-        "--max-drop", type=_seconds, default=0.5, metavar="BLEU", help="refuse an int8 export that loses more"
+        "--max-drop", type=_bleu, default=0.5, metavar="BLEU", help="refuse an int8 export that loses more"
     )
 
 
