@@ -323,9 +323,17 @@ def _group_size(text: str) -> int | str:
     return size
 
 
+def _bleu(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 100:
+        raise ValueError
+    return number
+
+
 # what argparse calls a bad value of theirs
 _positive.__name__, _seconds.__name__ = "number from 1 up", "number of seconds above 0"
 _group_size.__name__ = "even number from 2 up, or row"
+_bleu.__name__ = "number of BLEU from 0 up"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -407,7 +415,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--pairs", type=Path, metavar="TSV", help="pairs to be judged on (default: the run's validation set)"
     )
-    quantize.add_argument("--max-drop", type=float, metavar="BLEU", help="write nothing if more BLEU is lost")
+    quantize.add_argument("--max-drop", type=_bleu, metavar="BLEU", help="write nothing if more BLEU is lost")
     _add_export_options(export := add("export", _export, "write a model in another format, tried in its runtime"))
     for command in (translate, quantize, export):
         command.add_argument(
@@ -443,7 +451,7 @@ def _add_export_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--num-sentences", type=_positive, default=200, metavar="N", help="at most so many of them")
     command.add_argument(
-        "--max-drop", type=_seconds, default=0.5, metavar="BLEU", help="refuse an int8 export that loses more"
+        "--max-drop", type=_bleu, default=0.5, metavar="BLEU", help="refuse an int8 export that loses more"
     )
 
 

@@ -60,7 +60,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["resume", "nowhere"], 1, "error: nowhere is no run folder: it has no config.yaml"),
         (["resume", "nowhere", "--foreground"], 1, "error: nowhere is no run folder: it has no config.yaml"),
         (["translate", "--model", "nowhere"], 1, "error: there is no model folder nowhere"),
-        (["translate", "--model", ".", "--runtime", "ctranslate2"], 1, "use --runtime native"),
+        (["translate", "--model", ".", "--runtime", "ctranslate2"], 1, "error: . is no ctranslate2 export"),
+        (
+            ["export", "--model", "nowhere", "--format", "onnx", "--output", "out"],
+            1,
+            "there is no model folder nowhere",
+        ),
         (["quantize", "--model", "nowhere", "--output", "out"], 1, "error: there is no model folder nowhere"),
     ],
 )
@@ -88,7 +93,12 @@ def test_errors_are_one_line(
         (["distil"], "invalid choice: 'distil'"),
         (["quantize", "--model", "a", "--output", "b", "--method", "magic"], "choose from 'dynamic'"),
         (["quantize", "--model", "a", "--output", "b", "--bits", "3"], "choose from 8"),
-        (["export", "--model", "a", "--output", "b", "--format", "onnx"], "choose from 'safetensors'"),
+        (["export", "--model", "a", "--output", "b", "--format", "gguf"], "choose from 'safetensors', 'huggingface', "),
+        (
+            ["export", "--model", "a", "--output", "b", "--format", "onnx", "--quantization", "int4"],
+            "choose from 'float32'",
+        ),
+        (["export", "--model", "a", "--output", "b", "--format", "onnx", "--max-drop", "-1"], "BLEU from 0 up"),
         (["translate", "--model", "a", "--beam-size", "0"], "invalid number from 1 up value: '0'"),
         (["corpus"], "required: COMMAND"),
     ],

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cvm_translator.corpus.build import load_split
+from cvm_translator.models.decoding import translate_texts
 from cvm_translator.models.folder import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -60,12 +62,18 @@ def test_a_plan_is_read_edited_and_used_again(whole_run: Any, numbers: Any, tmp_
 
 
 def test_one_that_loses_too_much_is_not_written(whole_run: Any, numbers: Any, tmp_path: Path) -> None:
-    options = ["--method", "weight_only", "--bits", "4", "--max-drop", "-100"]
+    """Judged by the float student's own translations, so that every change is a loss."""
+    loaded = load_model(whole_run.folder / "student" / "float")
+    sources = [pair.source for pair in load_split(whole_run.folder / "corpus", "validation")]
+    translations = translate_texts(loaded.model, loaded.tokenizer, sources)
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"{s}\t{t}\n" for s, t in zip(sources, translations, strict=True)), encoding="utf-8")
+    options = ["--method", "weight_only", "--bits", "4", "--group-size", "row", "--pairs", pairs, "--max-drop", "0"]
     done = numbers.run("quantize", "--model", whole_run.folder / "student", "--output", tmp_path / "out", *options)
     assert done.exit_code == 1
     (line,) = done.error_lines
     assert "BLEU falls by" in line and "nothing was written" in line
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.tsv"]
 
 
 BAD = [

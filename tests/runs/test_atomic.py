@@ -90,3 +90,39 @@ def test_hashes(target: Path) -> None:
     assert atomic.sha256_file(target) == hashlib.sha256(OLD).hexdigest()
     assert atomic.sha256_json({"a": 1, "b": [2]}) == atomic.sha256_json({"b": [2], "a": 1})
     assert atomic.sha256_json({"a": 1}) != atomic.sha256_json({"a": 2})
+
+
+# -------------------------------------------------------------------------------------------------------- whole folders
+
+
+def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "new"
+    with atomic.new_folder(target) as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "file").write_text("content")
+        assert not target.exists()
+        assert folder.parent == target.parent
+    assert (target / "part" / "file").read_text() == "content"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("when", ["in the block", "at the rename"])
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise Crash
+
+    if when == "at the rename":
+        monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(Crash), atomic.new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("content")
+        if when == "in the block":
+            crash()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_replaces_nothing_that_came_meanwhile(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError), atomic.new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("content")
+        (tmp_path / "new").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert list((tmp_path / "new").iterdir()) == []

@@ -161,16 +161,19 @@ def test_ctranslate2_s_own_quantisation_gives_the_same_integers(exports: Any) ->
     # the scale of a tensor that goes by another's name is another's too, which CTranslate2 leaves unsaid
     assert all(isinstance(ours.pop(name), str) for name in ours.keys() - theirs.keys())
     assert ours.keys() == theirs.keys()
-    num_integers = 0
+    num_integers = num_different = 0
     for name, value in ours.items():
         if isinstance(value, str):
             assert theirs[name] == value
         elif value.dtype == "int8" and not value.is_scalar():
-            assert np.array_equal(value.numpy(), theirs[name].numpy()), name
-            num_integers += value.numpy().size
+            difference = np.abs(value.numpy().astype(int) - theirs[name].numpy())
+            assert difference.max() <= 1, name
+            num_integers += difference.size
+            num_different += int(difference.sum())
         elif not value.is_scalar():
             np.testing.assert_allclose(value.numpy(), theirs[name].numpy(), rtol=1e-6, err_msg=name)
     assert num_integers > 90_000
+    assert num_different <= 1  # at a tie: 127 / absmax may differ in its last bit
 
 
 def test_an_int8_model_folder_is_exported_as_it_is(exports: Any, tmp_path: Path) -> None:
