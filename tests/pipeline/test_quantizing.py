@@ -114,7 +114,7 @@ def test_widths_fall_during_a_real_run(whole_run: Any, numbers: Any) -> None:
     """16, 8 and 4 bits, each validated as deployed; the narrowest is delivered and gated."""
     config = numbers.write_config(
         "progressive",
-        teacher={"kind": "checkpoint", "path": str(whole_run.folder / "teacher" / "model"), "model": None},
+        teacher={"kind": "checkpoint", "path": str(whole_run.folder / "teacher" / "model")},
         student={"init": "teacher_layers"},
         quantization={"method": "progressive", "bits": 4, "start_fraction": 0.0, "group_size": 32},
     )
