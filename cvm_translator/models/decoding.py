@@ -1,9 +1,10 @@
 """Translating: exact greedy and beam search over token ids, in length-sorted batches.
 
-Guarantees: each result is that of the sentence alone, up to float rounding (which the 8-bit grid may turn into one of
-its steps), whatever it is batched with; results come in the order of the sources. bos, pad and unk are never
-generated (byte fallback spells what the vocabulary lacks). Sentences that are done leave the batch. A model with fake
-quantisation on is converted first, so what is decoded is the deployed arithmetic.
+Guarantees: each result is that of the sentence alone, up to float rounding (which rounded activations, on the 8-bit
+grid or in the bfloat16 of 4-bit kernels, may turn into one of their steps), whatever it is batched with; results come
+in the order of the sources. bos, pad and unk are never generated (byte fallback spells what the vocabulary lacks).
+Sentences that are done leave the batch. Every number format is searched by the same code with the same cache; a model
+with fake quantisation on is converted first, so what is decoded is the deployed arithmetic.
 
 Beam search keeps `beam_size` open hypotheses a sentence and scores finished ones by log-probability / length **
 length_penalty, the end mark counted. An end mark counts as finished when it is among the best `beam_size`

@@ -28,6 +28,7 @@ from cvm_translator.quantization.deployed import (
     Int8TiedEmbedding,
     Int8WeightLinear,
     Int8WeightTiedEmbedding,
+    check_weight,
 )
 from cvm_translator.quantization.formats import FLOAT32, LayerFormat, Plan, errors_of, parse_plan
 from cvm_translator.quantization.four_bit import FourBitLinear, FourBitTiedEmbedding
@@ -45,7 +46,17 @@ DEPLOYED: dict[str, tuple[type[DeployedLinear], type[DeployedLinear]]] = {
 """What becomes of a linear layer and of a tied embedding; float32 layers stay what they are."""
 
 
-_TYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_TYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 _TYPES = list(_TYPE_NAMES)
 
 
@@ -147,6 +158,8 @@ def deploy(name: str, layer: nn.Module, layer_format: LayerFormat) -> nn.Module:
         if isinstance(layer, TiedEmbedding):
             return for_embedding.from_weight(layer.weight, None, layer_format).eval()
         assert isinstance(layer, nn.Linear)
+        if layer.bias is not None:
+            check_weight(layer.bias)
         return for_linear.from_weight(layer.weight, layer.bias, layer_format).eval()
 
 

@@ -1,7 +1,7 @@
 """Choosing the format of each layer so that a model fits a size with the least harm to what it outputs.
 
-Each layer is tried alone in each format (`OPTIONS`: 16, 8 and 4 bits, these in finer and coarser groups), all others in
-float, and calibration data runs through the model: its *loss* is the Kullback-Leibler divergence of the output
+Each layer is tried alone in each format (`OPTIONS`: 16, 8 and 4 bits, these in finer and coarser groups), all others
+in float, and calibration data runs through the model: its *loss* is the Kullback-Leibler divergence of the output
 distributions from the float model's, in nats a token. Rounding errors of different layers are independent, so their
 losses nearly add up; the plan has the least sum of all plans that fit (dynamic programming over bytes, in steps of
 1/65,536 of the target). What the whole plan loses together is measured at the end.
@@ -38,7 +38,13 @@ ComputeLogits = Callable[[nn.Module], Tensor]
 """Runs calibration data through the model that it is given, teacher-forced: logits (N, V), the same N tokens each
 time."""
 
-OPTIONS: tuple[LayerFormat, ...] = (FLOAT16, INT8, *(LayerFormat("int4", size) for size in (16, 32, 64, 128)))
+OPTIONS: tuple[LayerFormat, ...] = (
+    FLOAT16,
+    INT8,
+    *(LayerFormat("int4", size, symmetric=False) for size in (16, 32, 64, 128, None)),
+    LayerFormat("int4", None),
+)
+"""What each layer is tried in. Asymmetric groups lose less than symmetric ones of half the size, which cost more."""
 _NUM_BUCKETS = 1 << 16
 _BLOCK_ROWS = 256
 
@@ -77,43 +83,37 @@ class MemoryOptimizedQuantizer:
         self.target_compression_ratio, self.target_megabytes = target_compression_ratio, target_megabytes
         self.options = tuple(options)
 
+    @torch.no_grad()
     def plan(self, model: nn.Module, compute_logits: ComputeLogits) -> dict[str, Any]:
         """The plan (`plan`, see `formats`) and what it costs, as JSON-compatible data; the model is left alone."""
-        measured = measure_layers(model, compute_logits, self.options)
-        empty = copy.deepcopy(model).to("meta")
+        float_model = copy.deepcopy(model).eval()
+        set_fake_quantization(float_model, False)
+        measured = measure_layers(float_model, compute_logits, self.options)
+        empty = copy.deepcopy(float_model).to("meta")
         float_bytes = count_bytes(empty)
-        if self.target_megabytes is not None:
-            target_bytes = int(self.target_megabytes * 1e6)
-        else:
-            assert self.target_compression_ratio is not None
-            target_bytes = int(float_bytes / self.target_compression_ratio)
+        target_bytes = self._find_target(float_bytes)
         chosen = choose_formats(measured, target_bytes, lambda plan: count_bytes(convert_with_plan(empty, plan)))
-        plan = {name: option.layer_format for name, option in chosen.items()}
+        plan = _formats(chosen)
         num_bytes = count_bytes(convert_with_plan(empty, plan))
-        is_met = num_bytes <= target_bytes
-        size = f"{float_bytes / num_bytes:.2f} times smaller, {num_bytes:,} bytes"
-        miss = f": the target of {target_bytes:,} bytes is out of reach, this is the smallest"
+        reference, logits = compute_logits(float_model), compute_logits(convert_with_plan(float_model, plan))
         return {
             "target_bytes": target_bytes,
-            "target_met": is_met,
-            "message": size + ("" if is_met else miss),
+            "target_met": num_bytes <= target_bytes,
+            "message": _describe_size(float_bytes, num_bytes, target_bytes),
             "float_bytes": float_bytes,
             "num_bytes": num_bytes,
             "compression_ratio": float_bytes / num_bytes,
-            "loss_nats_per_token": compute_divergence(
-                compute_logits(model), compute_logits(convert_with_plan(model, plan))
-            ),
+            "loss_nats_per_token": compute_divergence(reference, logits),
             "sum_of_layer_losses": sum(option.loss for option in chosen.values()),
-            "layers": {
-                name: {
-                    "bits": option.layer_format.bits,
-                    "num_bytes": option.num_bytes,
-                    "loss_nats_per_token": {str(other.layer_format): other.loss for other in measured[name]},
-                }
-                for name, option in chosen.items()
-            },
+            "layers": {name: _describe_layer(option, measured[name]) for name, option in chosen.items()},
             "plan": plan_to_plain(plan),
         }
+
+    def _find_target(self, float_bytes: int) -> int:
+        if self.target_megabytes is not None:
+            return int(self.target_megabytes * 1e6)
+        assert self.target_compression_ratio is not None
+        return int(float_bytes / self.target_compression_ratio)
 
     def convert(self, model: ModuleT, plan: Mapping[str, Any]) -> ModuleT:
         """A deep copy of the model in the formats of what `plan` returned, edited or not, in evaluation mode."""
@@ -218,3 +218,15 @@ def compute_divergence(reference: Tensor, logits: Tensor) -> float:
 
 def _formats(chosen: Mapping[str, LayerOption]) -> Plan:
     return {name: option.layer_format for name, option in chosen.items()}
+
+
+def _describe_size(float_bytes: int, num_bytes: int, target_bytes: int) -> str:
+    size = f"{float_bytes / num_bytes:.2f} times smaller, {num_bytes:,} bytes"
+    if num_bytes <= target_bytes:
+        return size
+    return f"{size}: the target of {target_bytes:,} bytes is out of reach, this is the smallest"
+
+
+def _describe_layer(chosen: LayerOption, measured: Sequence[LayerOption]) -> dict[str, Any]:
+    losses = {str(option.layer_format): option.loss for option in measured}
+    return {"bits": chosen.layer_format.bits, "num_bytes": chosen.num_bytes, "loss_nats_per_token": losses}

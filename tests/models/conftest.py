@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from torch import nn
 
 from cvm_translator.config.schema import ModelConfig
 from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.models.decoding import pad_sources
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.quantization import LayerFormat, convert_with_plan, find_plan
 
 SMALL = ModelConfig(
     dim=32, num_heads=4, feed_forward_dim=48, encoder_layers=2, decoder_layers=2, dropout=0.1, max_length=24
@@ -36,6 +39,40 @@ def make_model() -> Callable[..., CvmTransformer]:
         return model
 
     return make
+
+
+FORMS: dict[str, Callable[[int], LayerFormat]] = {
+    "float32": lambda i: LayerFormat("float32"),
+    "float16": lambda i: LayerFormat("float16"),
+    "int8": lambda i: LayerFormat("int8"),
+    "int8_static": lambda i: LayerFormat("int8_static"),
+    "int8_weights": lambda i: LayerFormat("int8_weights"),
+    "int4": lambda i: LayerFormat("int4", 32),
+    "int4/row": lambda i: LayerFormat("int4", None, symmetric=False),
+    "int4/padded": lambda i: LayerFormat("int4", 22, symmetric=i % 2 == 0),
+    "mixed": lambda i: [LayerFormat("int4", 64), LayerFormat("int8"), LayerFormat("float16"), LayerFormat()][i % 4],
+}
+"""The format of a model's i-th layer."""
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    """Each number format of a whole model, `kind/variant`."""
+    return str(request.param)
+
+
+@pytest.fixture
+def deploy(form: str) -> Callable[[CvmTransformer], CvmTransformer]:
+    """Converts a model to the format `form`."""
+
+    def calibrate(model: nn.Module) -> None:
+        model(*pad_sources([[5, 6, 7, 8, 9], [9]], "cpu"), torch.tensor([[2, 5, 6, 9], [2, 7, 8, 10]]))
+
+    def convert(model: CvmTransformer) -> CvmTransformer:
+        plan = {name: FORMS[form](i) for i, name in enumerate(find_plan(model))}
+        return convert_with_plan(model, plan, calibrate)
+
+    return convert
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import pytest
 import torch
 
 from cvm_translator.models.decoding import pad_sources, split_long, translate_ids, translate_texts
-from cvm_translator.quantization import AdvancedQuantizer
+from cvm_translator.quantization import AdvancedQuantizer, convert_with_plan, find_plan
 
 FORBIDDEN = [0, 1, 3]
+EXACT_FORMS = ("float32", "float16", "int8_weights", "int4/padded")
 
 
 @torch.no_grad()
@@ -95,11 +97,27 @@ def test_beam(make_model, seed, beam_size, length_penalty):
         assert actual == expected
 
 
-def test_fake_quantised_model_decodes_as_its_integer_form(make_model):
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_fake_quantised_model_decodes_as_its_deployed_form(make_model, bits):
     model, sources = make_model(seed=1), make_sources()
-    integer = AdvancedQuantizer().convert(model)
-    model.set_fake_quantization(True)
-    assert translate_ids(model, sources) == translate_ids(integer, sources)
+    quantizer = AdvancedQuantizer("progressive", 4, group_size=16)
+    deployed = convert_with_plan(model, dict.fromkeys(find_plan(model), quantizer.find_format(bits)))
+    expected = translate_ids(deployed, sources)
+    quantizer.prepare(model, bits=bits)
+    assert translate_ids(model, sources) == expected
+    assert model.embedding.fake_quantization  # and the model itself is left as it was
+
+
+def test_every_format_is_searched_as_exactly_as_float(make_model, form, deploy):
+    model, sources = deploy(make_model(seed=1)), make_sources(count=10, longest=8)
+    expected = [greedy_reference(model, source) for source in sources]
+    for batch_size in (1, 64):
+        same = sum(map(operator.eq, translate_ids(model, sources, batch_size=batch_size), expected))
+        # Rounded activations may fall on either side; one token differs, then all that follow.
+        assert same == len(sources) if form in EXACT_FORMS else same >= 0.6 * len(sources)
+    beams = [beam_reference(model, source, 2, 1.0, 1.0, 3) for source in sources[:4]]
+    actual = translate_ids(model, sources[:4], beam_size=2, max_length_ratio=1.0, max_length_extra=3)
+    assert sum(map(operator.eq, actual, beams)) >= (4 if form in EXACT_FORMS else 2)
 
 
 def test_lengths_and_specials(make_model):

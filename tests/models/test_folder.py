@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,29 +17,8 @@ from cvm_translator.models import folder as folder_module
 from cvm_translator.models.decoding import pad_sources, translate_ids
 from cvm_translator.models.description import FORMAT
 from cvm_translator.models.folder import load_model, save_model
-from cvm_translator.quantization import AdvancedQuantizer, LayerFormat, convert_with_plan, count_bytes, find_plan
+from cvm_translator.quantization import AdvancedQuantizer, count_bytes, find_plan
 from cvm_translator.runs.atomic import sha256_file, sha256_json
-
-FORMS: dict[str, Callable[[int], LayerFormat]] = {
-    "float32": lambda i: LayerFormat("float32"),
-    "float16": lambda i: LayerFormat("float16"),
-    "int8": lambda i: LayerFormat("int8"),
-    "int8_static": lambda i: LayerFormat("int8_static"),
-    "int8_weights": lambda i: LayerFormat("int8_weights"),
-    "int4": lambda i: LayerFormat("int4", 32),
-    "int4/row": lambda i: LayerFormat("int4", None, symmetric=False),
-    "int4/padded": lambda i: LayerFormat("int4", 22, symmetric=i % 2 == 0),
-    "mixed": lambda i: [LayerFormat("int4", 64), LayerFormat("int8"), LayerFormat("float16"), LayerFormat()][i % 4],
-}
-"""The format of the i-th layer."""
-
-
-def deploy(model, form):
-    def calibrate(model):
-        model(*pad_sources([[5, 6, 7], [9]], "cpu"), torch.tensor([[2, 5, 6], [2, 7, 8]]))
-
-    plan = {name: FORMS[form](i) for i, name in enumerate(find_plan(model))}
-    return model if form == "float32" else convert_with_plan(model, plan, calibrate)
 
 
 @pytest.fixture
@@ -62,9 +40,8 @@ def rewrite_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_round_trip(tmp_path, make_model, tokenizer, form):
-    model = deploy(make_model(tokenizer.vocab_size), form)
+def test_round_trip(tmp_path, make_model, tokenizer, form, deploy):
+    model = deploy(make_model(tokenizer.vocab_size))
     target = tmp_path / "some" / "model"
     save_model(target, model, tokenizer, source_language="de", target_language="en", metadata={"step": 7})
     before = torch.get_rng_state()
@@ -95,6 +72,23 @@ def test_a_student_folder_means_its_deployed_model(tmp_path, make_model, tokeniz
     assert load_model(tmp_path).config["number_format"] == "float32"
     save_model(tmp_path / "int8", AdvancedQuantizer().convert(model), tokenizer, **languages)
     assert load_model(tmp_path).config["number_format"] == "int8"
+    save_model(tmp_path / "int4", AdvancedQuantizer("qat", 4).convert(model), tokenizer, **languages)
+    assert load_model(tmp_path).config["number_format"] == "int4"
+
+
+def test_the_weights_of_a_fake_quantised_model_are_float32(tmp_path, make_model, tokenizer):
+    model = make_model(tokenizer.vocab_size)
+    model.set_fake_quantization(True)
+    save_model(tmp_path / "model", model, tokenizer, source_language="de", target_language="en")
+    assert load_model(tmp_path / "model").config["number_format"] == "float32"
+
+
+def test_int8_folders_from_before_plans_load(tmp_path, make_model, tokenizer):
+    model = AdvancedQuantizer("dynamic").convert(make_model(tokenizer.vocab_size))
+    folder = save_model(tmp_path / "model", model, tokenizer, source_language="de", target_language="en")
+    assert json.loads((folder / "config.json").read_text())["quantization"]["plan"]["embedding"] == {"kind": "int8"}
+    rewrite_config(folder, quantization=None)
+    assert translate_ids(load_model(folder).model, [[5, 6, 7]]) == translate_ids(model, [[5, 6, 7]])
 
 
 def test_existing_folders_are_replaced_only_when_asked(saved, make_model, tokenizer):
@@ -264,6 +258,40 @@ def test_configurations_that_do_not_fit(saved, changes):
     rewrite_config(saved, **changes)
     with pytest.raises(ModelError):
         load_model(saved)
+
+
+def edit_plan(plan):
+    first = "encoder_layers.0.attention.qkv"
+    return {
+        "no plan": {},
+        "a list": {"plan": [1]},
+        "a number": 3,
+        "empty": {"plan": {}},
+        "missing": {"plan": {name: entry for name, entry in plan.items() if name != first}},
+        "unknown": {"plan": plan | {"encoder_layers.9.attention.qkv": plan[first]}},
+        "evil": {"plan": plan | {"../" * 500: plan[first]}},
+        "float layer": {"plan": plan | {first: {"kind": "float32"}}},
+        "other kind": {"plan": {name: {"kind": "int8"} for name in plan}},
+        "other group": {"plan": plan | {first: {"kind": "int4", "group_size": 2}}},
+        "huge group": {"plan": {name: {"kind": "int4", "group_size": 2 * 10**30} for name in plan}},
+        "odd group": {"plan": plan | {first: {"kind": "int4", "group_size": 31}}},
+        "other grid": {"plan": plan | {first: {"kind": "int4", "group_size": 16, "symmetric": False}}},
+        "extra": {"plan": plan | {first: {"kind": "int4", "group_size": 16, "code": "x"}}},
+        "static": {"plan": {name: {"kind": "int8_static"} for name in plan}},
+    }
+
+
+@pytest.mark.parametrize("case", list(edit_plan({"encoder_layers.0.attention.qkv": {}})))
+def test_quantization_plans_that_do_not_fit(tmp_path, make_model, tokenizer, case):
+    model = AdvancedQuantizer("weight_only", 4, group_size=16).convert(make_model(tokenizer.vocab_size))
+    folder = save_model(tmp_path / "model", model, tokenizer, source_language="de", target_language="en")
+    plan = json.loads((folder / "config.json").read_text())["quantization"]["plan"]
+    section = edit_plan(plan)[case]
+    for number_format in ("int4", "int8", "int8_static", "mixed"):
+        rewrite_config(folder, quantization=section, number_format=number_format)
+        with pytest.raises(ModelError) as caught:
+            load_model(folder)
+        assert len(str(caught.value)) < 600
 
 
 def test_tokenizer_of_another_size_or_none(saved, tokenizer, tmp_path, make_model):

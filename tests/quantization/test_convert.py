@@ -90,6 +90,13 @@ def test_bad_weights_are_refused_with_the_layer(net, kind, bad, calibrate):
         convert_with_plan(net, dict.fromkeys(PLAN, LayerFormat(kind)), calibrate)
 
 
+def test_bad_biases_are_refused_too(net):
+    with torch.no_grad():
+        net.layers[0].bias[3] = float("nan")
+    with pytest.raises(ValueError, match=r"^layer layers\.0: the weights are NaN"):
+        convert_with_plan(net, PLAN)
+
+
 @pytest.mark.parametrize(("kind", "value"), [("float16", 70_000.0), ("int4", 500_000.0)])
 def test_weights_that_a_format_cannot_hold(net, kind, value):
     with torch.no_grad():

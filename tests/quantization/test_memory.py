@@ -19,7 +19,7 @@ from cvm_translator.quantization import (
     count_bytes,
     find_plan,
 )
-from cvm_translator.quantization.memory import LayerOption, choose_options, compute_divergence, measure_layers
+from cvm_translator.quantization.memory import OPTIONS, LayerOption, choose_options, compute_divergence, measure_layers
 
 
 @pytest.mark.parametrize("ratio", [1.0, 2.0, 3.5, 4.5])
@@ -39,6 +39,13 @@ def test_the_plan_meets_its_target_and_is_used_again(net, calibrate, ids, ratio)
     assert find_plan(convert_with_plan(net, edited))["layers.0"] == LayerFormat()
 
 
+def test_modes_of_the_model_change_nothing(net, calibrate):
+    expected = MemoryOptimizedQuantizer(4.0).plan(net, calibrate)
+    AdvancedQuantizer("qat", 4).prepare(net.train())
+    assert MemoryOptimizedQuantizer(4.0).plan(net, calibrate) == expected
+    assert net.training and net.embedding.fake_quantization
+
+
 def test_megabytes_are_another_way_to_say_it(net, calibrate):
     ratio = MemoryOptimizedQuantizer(4.0).plan(net, calibrate)
     megabytes = MemoryOptimizedQuantizer(target_megabytes=ratio["target_bytes"] / 1e6).plan(net, calibrate)
@@ -53,7 +60,7 @@ def test_losses_are_those_of_one_layer_alone(net, calibrate, ids):
                 plan = find_plan(net) | {name: option.layer_format}
                 expected = compute_divergence(net(ids), convert_with_plan(net, plan)(ids))
                 assert option.loss == pytest.approx(expected, rel=1e-3, abs=1e-9)
-        assert len(measured["layers.0"]) == 6
+        assert [option.layer_format for option in measured["layers.0"]] == list(OPTIONS)
 
 
 def test_the_sensitive_layer_is_spared(net, calibrate):
