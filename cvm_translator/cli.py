@@ -83,9 +83,12 @@ def _run(options: Options) -> int:
 
 
 def _run_pipeline(config: RunConfig, options: Options) -> int:
+    from cvm_translator.pipeline.cards import describe_verdict
     from cvm_translator.pipeline.distiller import run_pipeline
 
     report = run_pipeline(config, progress=not options.no_progress)
+    if options.no_progress:
+        print(describe_verdict(report))
     exit_code: int = report["exit_code"]
     return exit_code
 
@@ -171,6 +174,8 @@ def _validate(options: Options) -> int:
         print(f"  {name:<14}{value:>9.3f}  {result['signatures'].get(name, '')}".rstrip())
     for name, count in result["probes"].items():
         print(f"  {name:<14}{count:>9}")
+    for name, reason in result["failures"].items():
+        _tell(f"warning: {name} has no score: {reason}")
     return EXIT_OK
 
 
@@ -274,16 +279,14 @@ def _export(options: Options) -> int:
 
 def _corpus_build(options: Options) -> int:
     from cvm_translator.config import load_config
-    from cvm_translator.corpus.build import build_corpus
+    from cvm_translator.pipeline.text import prepare_corpus
     from cvm_translator.runs.layout import RunLayout
     from cvm_translator.runs.lock import RunLock
 
     config = load_config(options.config, options.set, options.output_dir)
     layout = RunLayout(config.output_dir)
     with RunLock(layout.lock):
-        summary = build_corpus(
-            config.corpus, layout.corpus, seed=config.seed, base_dir=options.config.absolute().parent, report=_tell
-        )
+        summary = prepare_corpus(config.corpus, layout.corpus, Path.cwd(), _tell)
     tables = {"pairs": summary.sizes, "dropped by": summary.filters, "quarantined for": summary.quarantine}
     for title, counts in tables.items():
         if counts:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from cvm_translator.cli import MAX_LINE_BYTES, main, translate_stream
+from cvm_translator.config import load_config
 from cvm_translator.errors import CvmError
+from cvm_translator.pipeline.text import prepare_corpus
 from cvm_translator.runs.lock import RunLock
 
 PROGRAM = [sys.executable, "-m", "cvm_translator"]
@@ -184,6 +186,32 @@ def test_corpus_build_prints_what_each_filter_dropped(tmp_path: Path, capsys: py
     assert (tmp_path / "run" / "corpus" / "train.tsv").read_bytes().count(b"\n") == numbers["train"]
     assert main(command) == 0
     assert capsys.readouterr().out == first
+
+
+def test_corpus_build_makes_the_corpus_of_a_run(tmp_path: Path) -> None:
+    """Whatever the run's seed: the split has its own."""
+    config = write_corpus_config(tmp_path)
+    options = ["--output-dir", str(tmp_path / "run"), "--set", "seed=99"]
+    assert main(["corpus", "build", str(config), *options]) == 0
+    told: list[str] = []
+    loaded = load_config(config, ["seed=99"])
+    assert prepare_corpus(loaded.corpus, tmp_path / "run" / "corpus", Path.cwd(), told.append).reused
+    assert len(told) == 1
+
+
+def test_corpus_build_finds_a_shifted_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each time: a corpus that failed its checks is not taken for a good one by the next start."""
+    nouns, kinds = ("Import", "Export", "Server", "Version", "Projekt"), ("Archiv", "Modul", "Format", "Region")
+    lines = [f"{noun} {kind} {'x' * (n % 7)}{n}" for n in range(15) for noun in nouns for kind in kinds]
+    (tmp_path / "a.de").write_text("\n".join(lines))
+    (tmp_path / "a.en").write_text("\n".join(["an extra line", *(f"the {line.lower()}" for line in lines[:-1])]))
+    source = "{format: plain, source_path: a.de, target_path: a.en}"
+    config = tmp_path / "config.yaml"
+    config.write_text(f"corpus: {{train: [{source}], validation_size: 5, test_size: 5}}\n")
+    command = ["corpus", "build", str(config), "--output-dir", str(tmp_path / "run")]
+    for _ in range(2):
+        assert main([*command, "--set", "corpus.cleaning.language_check=false"]) == 1
+        assert "the file is shifted by +1" in capsys.readouterr().err
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

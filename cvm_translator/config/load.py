@@ -2,11 +2,13 @@
 
 Refuses: unknown keys (with the nearest known name), keys given twice, values out of range, and a setting given both
 flat and nested with different values. Every refusal is one line that names the file, the key, the value and the remedy.
-Relative paths in a file are relative to that file, except `output_dir`, which is relative to where the command runs.
+Relative paths in a file are relative to that file; those of keyword arguments and overrides, and `output_dir`, to where
+the command runs. All but `output_dir` are absolute once a config is built, so that a run can be resumed from anywhere.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import types
 import typing
@@ -83,7 +85,9 @@ class DistillationConfig(RunConfig):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**_checked("DistillationConfig", _unflatten(settings)))
+        data = _unflatten(settings)
+        _resolve_paths(data, Path.cwd())
+        super().__init__(**_checked("DistillationConfig", data))
 
 
 def load_config(
@@ -101,10 +105,12 @@ def load_config(
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds no settings; see configs/ for examples")
+    _require_names(data, str(path))
     data = _unflatten(data)
     _resolve_paths(data, path.resolve().parent)
     for override in overrides or []:
         _apply_override(data, override)
+    _resolve_paths(data, Path.cwd())
     if output_dir is not None:
         data["output_dir"] = str(output_dir)
     return RunConfig(**_checked(str(path), data))
@@ -126,8 +132,10 @@ def _construct_mapping(loader: Any, node: Any) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if isinstance(key, list | dict):
+            raise yaml.YAMLError(f"{key!r} is no name of a setting (line {line})")
         if key in seen:
-            line = key_node.start_mark.line + 1
             raise yaml.YAMLError(f"key {key!r} is given twice (line {line}); keep one")
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
@@ -137,8 +145,11 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 
 def _unflatten(settings: dict[str, Any]) -> dict[str, Any]:
-    """Move flat keys to their nested places and fill in the sections that are missing altogether."""
-    nested = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    """Move flat keys to their nested places and fill in the sections that are missing altogether.
+
+    Nothing in the result is shared with the caller's settings or the defaults: it is changed further on.
+    """
+    nested = copy.deepcopy(settings)
     for flat, (section, key) in FLAT_KEYS.items():
         if flat not in nested:
             continue
@@ -151,36 +162,54 @@ def _unflatten(settings: dict[str, Any]) -> dict[str, Any]:
                 )
             target[key] = value
     for section, default in DEFAULTS.items():
-        nested.setdefault(section, default)
+        nested.setdefault(section, copy.deepcopy(default))
     corpus = nested["corpus"]
     if isinstance(corpus, dict) and "train" not in corpus:
         corpus.setdefault("preset", DEFAULTS["corpus"]["preset"])
     return nested
 
 
+def _require_names(data: Any, origin: str) -> None:
+    """Refuse keys that YAML does not read as text, such as `1:` or `on:`."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{origin}: {key!r} is no name of a setting: correct it, or put it in quotes")
+            _require_names(value, origin)
+    elif isinstance(data, list):
+        for value in data:
+            _require_names(value, origin)
+
+
 def _resolve_paths(data: dict[str, Any], base: Path) -> None:
-    """Make the paths of a config file absolute, in place."""
+    """Make relative paths absolute, in place; what is no such path is left for the checks to refuse."""
 
     def resolve(section: Any, *keys: str) -> None:
         if isinstance(section, dict):
             for key in keys:
-                if isinstance(section.get(key), str):
+                if isinstance(section.get(key), str | Path):
                     section[key] = str(base / Path(section[key]).expanduser())
+
+    def resolve_local(section: Any, key: str) -> None:
+        """A name that may be one on a hub is a path where there is such a file or folder."""
+        if isinstance(section, dict) and isinstance(section.get(key), str | Path):
+            local = base / Path(section[key]).expanduser()
+            section[key] = str(local if local.exists() else section[key])
 
     corpus = data.get("corpus")
     resolve(corpus, "cache_dir")
     if isinstance(corpus, dict):
         for split in ("train", "validation", "test", "unseen"):
-            for source in corpus.get(split) or []:
-                is_hub_name = (
-                    isinstance(source, dict)
-                    and source.get("format") == "huggingface"
-                    and not (base / str(source.get("path", ""))).exists()
-                )
-                if not is_hub_name:
+            sources = corpus.get(split)
+            for source in sources if isinstance(sources, list) else []:
+                if isinstance(source, dict) and source.get("format") == "huggingface":
+                    resolve_local(source, "path")
+                else:
                     resolve(source, "path", "source_path", "target_path")
     resolve(data.get("tokenizer"), "path")
     resolve(data.get("teacher"), "path", "cache_dir")
+    for key in ("bertscore_model", "comet_model"):
+        resolve_local(data.get("validation"), key)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

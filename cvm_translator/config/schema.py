@@ -6,12 +6,14 @@ refused here, where the config is built, with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cvm_translator.config.default_corpus import DEFAULT_CORPUS
+from cvm_translator.config.model_presets import MODEL_PRESETS
 
 CORPUS_PRESETS = {"gettext_de_en": DEFAULT_CORPUS}
 
@@ -173,7 +175,8 @@ class TokenizerConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """Sizes of one CVM Transformer."""
+    """Sizes of one CVM Transformer: each by itself, or a preset's (`model: spec_student`), of which some may be changed
+    (`model: {preset: spec_student, dropout: 0.2}`). The preset's name is not kept, only its sizes."""
 
     dim: PositiveInt = 256
     num_heads: PositiveInt = 4
@@ -183,6 +186,18 @@ class ModelConfig(Settings):
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     max_length: int = Field(256, ge=8)
     """Longest sequence in tokens, end mark included; longer training pairs are dropped, longer inputs are split off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"preset": data}
+        if not isinstance(data, dict) or "preset" not in data:
+            return data
+        name, sizes = data["preset"], {key: value for key, value in data.items() if key != "preset"}
+        if name not in MODEL_PRESETS:
+            raise ValueError(f"unknown preset {name!r}: known are {', '.join(MODEL_PRESETS)}")
+        return MODEL_PRESETS[name] | sizes
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -274,6 +289,44 @@ class StudentConfig(Settings):
     """Teacher encoder layers to copy, by index; default evenly spaced, first and last included."""
     decoder_layers_from: list[int] | None = None
 
+    @model_validator(mode="after")
+    def _layers_are_copied(self) -> StudentConfig:
+        if self.init == "random" and (self.encoder_layers_from or self.decoder_layers_from):
+            raise ValueError("encoder_layers_from and decoder_layers_from need student.init teacher_layers")
+        return self
+
+    def check_teacher(self, teacher: ModelConfig) -> None:
+        """Raise ValueError if this student is to begin from layers that a teacher of these sizes lacks."""
+        if self.init == "teacher_layers":
+            check_layer_copy(self.model, teacher, self.encoder_layers_from, self.decoder_layers_from)
+
+
+def check_layer_copy(
+    student: ModelConfig,
+    teacher: ModelConfig,
+    encoder_layers_from: Sequence[int] | None,
+    decoder_layers_from: Sequence[int] | None,
+) -> None:
+    """Raise ValueError, naming the sizes, unless the teacher's layers (those named, if any) fit into the student."""
+    for name in ("dim", "num_heads", "feed_forward_dim"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise ValueError(
+                f"student.init teacher_layers: the student's {name} is {ours}, the teacher's {theirs}; "
+                "make them equal or use student.init random"
+            )
+    for setting, layers, num_student, num_teacher in (
+        ("encoder_layers_from", encoder_layers_from, student.encoder_layers, teacher.encoder_layers),
+        ("decoder_layers_from", decoder_layers_from, student.decoder_layers, teacher.decoder_layers),
+    ):
+        if layers is not None and len(layers) != num_student:
+            raise ValueError(f"student.{setting} {list(layers)} names {len(layers)} layers: name {num_student}")
+        for index in layers or []:
+            if not 0 <= index < num_teacher:
+                raise ValueError(
+                    f"student.{setting} names layer {index}: the teacher has layers 0 to {num_teacher - 1}"
+                )
+
 
 class DistillationSettings(TrainingConfig):
     """The student's training."""
@@ -299,6 +352,7 @@ class DistillationSettings(TrainingConfig):
 # ------------------------------------------------------------------------------------- validation, guard, quantisation
 
 MetricName = Literal["bleu", "chrf", "ter", "rouge", "bertscore", "comet"]
+DEFAULT_WEIGHTS = {"bleu": 1.0, "chrf": 1.0, "bertscore": 1.0, "ter": 0.5}
 
 
 class ValidationSettings(Settings):
@@ -306,7 +360,7 @@ class ValidationSettings(Settings):
 
     every_steps: PositiveInt = 1000
     metrics: list[MetricName] = Field(default_factory=lambda: ["bleu", "chrf", "ter", "rouge", "bertscore"])  # type: ignore[arg-type]
-    weights: dict[str, float] = Field(default_factory=lambda: {"bleu": 1.0, "chrf": 1.0, "bertscore": 1.0, "ter": 0.5})
+    weights: dict[str, float] = Field(default_factory=DEFAULT_WEIGHTS.copy)
     """Weights of the metrics' retentions in the quality score; a metric not named weighs 0."""
     beam_size: PositiveInt = 1
     batch_size: PositiveInt = 128
@@ -323,6 +377,15 @@ class ValidationSettings(Settings):
         unknown = [name for name in self.weights if name not in MetricName.__args__]  # type: ignore[attr-defined]
         if unknown:
             raise ValueError(f"validation.weights names unknown metrics {unknown}")
+        if any(weight < 0 for weight in self.weights.values()):
+            raise ValueError(f"validation.weights {self.weights} holds a negative weight: 0 is the least")
+        # The default weighs more than may be measured; weights that somebody chose are meant.
+        unmeasured = [name for name, weight in self.weights.items() if weight > 0 and name not in self.metrics]
+        if unmeasured and self.weights != DEFAULT_WEIGHTS:
+            raise ValueError(
+                f"validation.weights weighs {', '.join(unmeasured)}, which validation.metrics does not measure: "
+                "name it there, or take its weight out"
+            )
         if "bleu" not in self.metrics or "chrf" not in self.metrics:
             raise ValueError("validation.metrics must hold bleu and chrf: the gate is judged on both")
         return self
@@ -402,6 +465,13 @@ class RunConfig(Settings):
     tensorboard: bool = True
     fault_injection: list[FaultInjection] = Field(default_factory=list)
     """Documented test setting: faults to plant (see FaultInjection)."""
+
+    @model_validator(mode="after")
+    def _student_can_begin(self) -> RunConfig:
+        """Found now, not when the teacher has been trained for hours."""
+        if self.teacher.kind == "train":
+            self.student.check_teacher(self.teacher.model)
+        return self
 
     def to_plain(self) -> dict[str, Any]:
         """The config as JSON-compatible data, every default spelled out."""

@@ -46,10 +46,6 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin(self) -> Batch:
-        """Copy into page-locked memory, from which a GPU fetches without waiting."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         src, src_mask, tgt_in, tgt_out = map(change, (self.src, self.src_mask, self.tgt_in, self.tgt_out))
         return Batch(src, src_mask, tgt_in, tgt_out, self.num_tokens, self.indices)

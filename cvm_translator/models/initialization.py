@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from cvm_translator.config.schema import check_layer_copy
 from cvm_translator.errors import ConfigError
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.quantization import TiedEmbedding
@@ -49,17 +50,6 @@ def choose_layers(num_teacher: int, num_student: int) -> list[int]:
     return [round(i * (num_teacher - 1) / (num_student - 1)) for i in range(num_student)]
 
 
-def _check_layers(setting: str, layers: Sequence[int] | None, num_teacher: int, num_student: int) -> list[int]:
-    if layers is None:
-        return choose_layers(num_teacher, num_student)
-    if len(layers) != num_student:
-        raise ConfigError(f"student.{setting} {list(layers)} names {len(layers)} layers: name {num_student}")
-    for index in layers:
-        if not 0 <= index < num_teacher:
-            raise ConfigError(f"student.{setting} names layer {index}: the teacher has layers 0 to {num_teacher - 1}")
-    return list(layers)
-
-
 @torch.no_grad()
 def init_from_teacher(
     student: CvmTransformer,
@@ -71,23 +61,17 @@ def init_from_teacher(
 
     Raises ConfigError, naming the sizes, where the two do not have the same widths.
     """
-    for name, ours, theirs in (
-        ("vocabulary", student.vocab_size, teacher.vocab_size),
-        ("dim", student.config.dim, teacher.config.dim),
-        ("num_heads", student.config.num_heads, teacher.config.num_heads),
-        ("feed_forward_dim", student.config.feed_forward_dim, teacher.config.feed_forward_dim),
-    ):
-        if ours != theirs:
-            raise ConfigError(
-                f"student.init teacher_layers: the student's {name} is {ours}, the teacher's {theirs}; "
-                "make them equal or use student.init random"
-            )
-    encoder = _check_layers(
-        "encoder_layers_from", encoder_layers_from, len(teacher.encoder_layers), len(student.encoder_layers)
-    )
-    decoder = _check_layers(
-        "decoder_layers_from", decoder_layers_from, len(teacher.decoder_layers), len(student.decoder_layers)
-    )
+    if student.vocab_size != teacher.vocab_size:
+        raise ConfigError(
+            f"student.init teacher_layers: the student's vocabulary is {student.vocab_size}, the teacher's"
+            f" {teacher.vocab_size}; make them equal or use student.init random"
+        )
+    try:
+        check_layer_copy(student.config, teacher.config, encoder_layers_from, decoder_layers_from)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    encoder = encoder_layers_from or choose_layers(len(teacher.encoder_layers), len(student.encoder_layers))
+    decoder = decoder_layers_from or choose_layers(len(teacher.decoder_layers), len(student.decoder_layers))
     student.embedding.load_state_dict(teacher.embedding.state_dict())
     student.encoder_norm.load_state_dict(teacher.encoder_norm.state_dict())
     student.decoder_norm.load_state_dict(teacher.decoder_norm.state_dict())

@@ -120,6 +120,7 @@ def build_unseen(facts: Facts) -> list[Block]:
 def build_samples(samples: Any) -> list[Block]:
     """Sentences with their translations; other keys (a score) are shown after them."""
     labels = {"source": "Source", "reference": "Reference", "teacher": "Teacher", "student": "Student"}
+    labels |= {"sentence": "Line of the test set", "teacher_chrf": "chrF of the teacher", "errors": "Errors"}
     items = []
     for sample in samples or []:
         if isinstance(sample, Mapping):
@@ -129,7 +130,9 @@ def build_samples(samples: Any) -> list[Block]:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, float | int):
+    if isinstance(value, int):
+        return format_count(value)
+    if isinstance(value, float):
         return format_number(value, 1)
     return ", ".join(str(item) for item in value) or "none" if isinstance(value, list) else str(value)
 

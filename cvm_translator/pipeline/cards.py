@@ -72,7 +72,7 @@ def build_model_card(config: RunConfig, final: dict[str, Any]) -> str:
         f"{final['num_iterations']:,} distillation steps ({final['executed_steps']:,} executed,"
         f" {len(final['rollbacks'])} rollbacks), best validation at step {final['best_step']}; temperature"
         f" {config.distillation.temperature:g}, alpha {config.distillation.alpha:g}, beta {config.distillation.beta:g};"
-        f" quantisation {config.quantization.method}, {config.quantization.bits} bits. Trained on"
+        f" {_describe_quantization(config)}. Trained on"
         f" {final['corpus']['train']:,} sentence pairs (SHA-256 of the corpus {final['corpus']['sha256'][:16]}).",
         "All settings are in `metadata.json`, the evidence in the run's `reports/comparison_report.md`.",
         "",
@@ -89,14 +89,28 @@ def describe_outcome(final: dict[str, Any]) -> str:
     deployed = final["deployed"]
     teacher, student = (final["models"][name] for name in ("teacher", deployed))
     teacher_bleu, student_bleu = (final["test"][name]["scores"]["bleu"]["value"] for name in ("teacher", deployed))
-    kept = final["test"][deployed]
+    kept = final["test"][deployed]["retentions"]
+    share = f" ({kept['bleu']['value']:.1%})" if "bleu" in kept else ""  # of a teacher that scores 0 there is none
     return (
-        f"test set: teacher BLEU {teacher_bleu:.1f}, {deployed} student {student_bleu:.1f}"
-        f" ({kept['retentions']['bleu']['value']:.1%}); quality {kept['retentions']['quality_score']['value']:.1%};"
+        f"test set: teacher BLEU {teacher_bleu:.1f}, {deployed} student {student_bleu:.1f}{share};"
+        f" quality {kept['quality_score']['value']:.1%};"
         f" {teacher['num_bytes'] / 2**20:.1f} MiB to {student['num_bytes'] / 2**20:.1f} MiB"
         f" ({teacher['num_bytes'] / student['num_bytes']:.1f} times smaller),"
         f" {student['tokens_per_second'] / teacher['tokens_per_second']:.1f} times the teacher's tokens per second"
     )
+
+
+def describe_verdict(final: dict[str, Any]) -> str:
+    """The run's answer and what it rests on, for a terminal that showed nothing else."""
+    word = "gate passed" if final["gate"]["passed"] else f"GATE FAILED: {'; '.join(final['gate']['failures'])}"
+    halted = f" (halted: {final['halt_reason']})" if final["halted"] else ""
+    return f"{word}{halted}; {describe_outcome(final)}"
+
+
+def _describe_quantization(config: RunConfig) -> str:
+    method = {"none": "no quantisation", "dynamic": "quantised after training", "qat": "quantisation-aware training"}
+    bits = "" if config.quantization.method == "none" else f" to {config.quantization.bits} bits"
+    return f"{method[config.quantization.method]}{bits}"
 
 
 def _interval(figure: dict[str, float]) -> str:

@@ -61,8 +61,8 @@ def stage(context: RunContext, name: str) -> Iterator[StageNote]:
 class StageRecord:
     """The completion record of one stage: the hash of its inputs, its outputs' hashes and its result.
 
-    A record written last and atomically is what makes a rerun skip the stage; one with other inputs, or with an output
-    that has changed, counts for nothing.
+    A record written last and atomically is what makes a rerun skip the stage; one that is damaged, has other inputs, or
+    names an output that has changed, counts for nothing.
     """
 
     def __init__(self, layout: RunLayout, name: str, inputs: Any) -> None:
@@ -72,16 +72,17 @@ class StageRecord:
 
     def load(self) -> dict[str, Any] | None:
         """The stage's result if it is complete and its outputs are intact."""
-        if not self._path.exists():
+        try:
+            data = atomic.read_json(self._path)
+            inputs, outputs, result = data["inputs"], dict(data["outputs"]), dict(data["result"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        data = atomic.read_json(self._path)
-        if data["inputs"] != self._inputs:
+        if inputs != self._inputs:
             return None
-        for name, digest in data["outputs"].items():
+        for name, digest in outputs.items():
             path = self._root / name
             if not path.exists() or atomic.sha256_file(path) != digest:
                 return None
-        result: dict[str, Any] = data["result"]
         return result
 
     def save(self, result: dict[str, Any], outputs: list[Path]) -> None:

@@ -103,8 +103,12 @@ def gate(context: RunContext, corpus: Corpus, teacher: Teacher, folders: dict[st
 def _judge(context: RunContext, models: dict[str, Path], sets: dict[str, Any]) -> dict[str, Any]:
     layout, config = context.layout, context.config
     paths = {name: layout.corpus / f"{name}.tsv" for name in sets}
-    measured = {
-        name: measure_folder(
+    num_sentences = sum(map(len, sets.values()))
+    measured = {}
+    for name, folder in models.items():
+        who = "the teacher" if name == "teacher" else f"the {name} student"
+        context.note(f"gate: {who} translates {num_sentences:,} sentences in a process of its own")
+        measured[name] = measure_folder(
             folder,
             paths,
             layout.stages / f"measured_{name}.json",
@@ -113,8 +117,6 @@ def _judge(context: RunContext, models: dict[str, Path], sets: dict[str, Any]) -
             device=str(context.device),
             num_threads=torch.get_num_threads(),
         )
-        for name, folder in models.items()
-    }
     settings = ValidationConfig.from_run(config, str(context.device))
     evaluator = TranslationQualityEvaluator(settings)
     deployed = list(models)[-1]

@@ -25,7 +25,7 @@ from cvm_translator.pipeline.cards import describe_outcome
 from cvm_translator.pipeline.context import RunContext
 from cvm_translator.pipeline.journal import TensorBoardLog, TextLog, build_display
 from cvm_translator.pipeline.student import distil
-from cvm_translator.pipeline.teacher import obtain_teacher
+from cvm_translator.pipeline.teacher import check_given_teacher, obtain_teacher
 from cvm_translator.pipeline.text import build_corpus, build_tokenizer
 from cvm_translator.runs import atomic
 from cvm_translator.runs.events import EventWriter
@@ -57,6 +57,7 @@ class ModelDistiller:
         with _explained_full_disk(self.layout.root), RunLock(self.layout.lock), StopRequest() as stop:
             context = self._open(stop)
             try:
+                check_given_teacher(self.config)
                 corpus = build_corpus(context)
                 tokenizer = build_tokenizer(context, corpus)
                 teacher = obtain_teacher(context, corpus, tokenizer)
@@ -108,7 +109,7 @@ class ModelDistiller:
         """
         path = self.layout.config
         if path.exists() and self._has_trained():
-            difference = _first_difference(yaml.safe_load(path.read_text(encoding="utf-8")), self.config.to_plain())
+            difference = _first_difference(_read_config(path), self.config.to_plain())
             if difference is not None:
                 raise RunFolderError(
                     f"{self.layout.root} holds a run with another config ({difference}): "
@@ -123,17 +124,22 @@ class ModelDistiller:
 
     def _recorded_num_threads(self) -> int | None:
         """The thread count with which this folder's run began: a resume with another would not be bit-exact."""
-        path = self.layout.environment
-        if not (path.exists() and self._has_trained()):
+        if not self._has_trained():
             return None
-        num_threads: int = atomic.read_json(path)["numerics"]["num_threads"]
+        num_threads: int | None = self._read_environment().get("numerics", {}).get("num_threads")
         return num_threads
 
     def _write_environment(self, environment: dict[str, Any]) -> str:
-        path = self.layout.environment
-        run_id: str = atomic.read_json(path)["run_id"] if path.exists() else uuid.uuid4().hex
-        atomic.write_json(path, {"run_id": run_id} | environment)
+        run_id: str = self._read_environment().get("run_id") or uuid.uuid4().hex
+        atomic.write_json(self.layout.environment, {"run_id": run_id} | environment)
         return run_id
+
+    def _read_environment(self) -> dict[str, Any]:
+        """What an earlier start wrote; nothing where it is absent or damaged (checkpoints say what must be equal)."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            data = atomic.read_json(self.layout.environment)
+            return data if isinstance(data, dict) else {}
+        return {}
 
     def _finish(self, context: RunContext, report: dict[str, Any]) -> dict[str, Any]:
         passed = report["gate"]["passed"]
@@ -176,6 +182,16 @@ def _explained_full_disk(root: Path) -> Iterator[None]:
             f"no room in {root} ({error.strerror}): free some space and run the same command again;"
             " it goes on from the last checkpoint"
         ) from error
+
+
+def _read_config(path: Path) -> Any:
+    """The config that a run folder holds, as plain data."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFolderError(
+            f"{path} cannot be read as YAML ({error}): restore it, or delete it and run the same config again"
+        ) from None
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> str | None:

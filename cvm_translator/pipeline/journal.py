@@ -22,9 +22,32 @@ from tensorboardX.summary import scalar
 Event = dict[str, Any]
 
 
-def _describe_loss(event: Event) -> str:
-    """Of a progress event; where every batch since the last one was skipped there is none."""
-    return "-" if event["loss"] is None else f"{event['loss']:.3f}"
+def _describe_losses(event: Event) -> str:
+    """Of a progress event; where every batch since the last one was skipped there are none."""
+    if event["loss"] is None:
+        return "loss -"
+    parts = ""
+    if event["distillation_loss"]:  # without a teacher the task loss is the whole loss
+        parts = f" (distillation {event['distillation_loss']:.3f}, task {event['task_loss']:.3f})"
+    return f"loss {event['loss']:.3f}{parts}"
+
+
+def _describe_fact(name: str, value: Any) -> str:
+    """One entry of a stage's summary."""
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes')} {value / 2**20:.1f} MiB"
+    if name == "passed":
+        return "passed" if value else "FAILED"
+    shown = f"{value:,}" if isinstance(value, int) else value
+    return f"{name.replace('_', ' ')} {shown}"
+
+
+def _describe_quality(event: Event) -> str:
+    """Of a validation; the teacher, while it is trained, has none to be measured by."""
+    quality = event.get("quality_score")
+    if quality is None or not event.get("teacher_scores"):
+        return ""
+    return f"quality {quality:.3f} of the teacher's"
 
 
 def describe_event(event: Event) -> str | None:
@@ -34,18 +57,17 @@ def describe_event(event: Event) -> str | None:
         return f"stage {stage}"
     if kind == "stage_finished":
         how = "reused" if event["skipped"] else f"done in {event['seconds']:.1f} s"
-        facts = ", ".join(f"{key} {value}" for key, value in (event.get("summary") or {}).items())
+        facts = ", ".join(_describe_fact(name, value) for name, value in (event.get("summary") or {}).items())
         return f"stage {stage}: {how}" + (f" ({facts})" if facts else "")
     if kind == "progress":
         return (
             f"{stage} step {step}/{event['num_iterations']}  {event['steps_per_second']:.1f} steps/s"
             f"  {event['tokens_per_second']:.0f} tokens/s  {format_seconds(event['eta_seconds'])} left"
-            f"  loss {_describe_loss(event)}"
+            f"  {_describe_losses(event)}"
         )
     if kind == "validation":
         scores = "  ".join(f"{name} {value:.2f}" for name, value in event["scores"].items())
-        quality = event.get("quality_score")
-        return f"{stage} validation at step {step}: {scores}" + (f"  quality {quality:.3f}" if quality else "")
+        return "  ".join(filter(None, (f"{stage} validation at step {step}: {scores}", _describe_quality(event))))
     if kind == "verdict":
         return f"{stage} verdict at step {step}: {event['verdict']} -> {event['action']} ({event['reason']})"
     if kind == "checkpoint":
@@ -177,64 +199,76 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A progress bar for the running loop under the lines of what happened."""
+    """A progress bar for the running loop under the lines of what happened; losses and quality stand below the bar."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Any = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn
 
-        self._console = Console(stderr=True)
+        self._console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:,}/{task.total:,}"),
+            TextColumn("{task.fields[speed]}"),
             console=self._console,
-            refresh_per_second=4,
+            auto_refresh=False,
         )
-        self._progress.start()
         self._task: Any = None
         self._stage: str | None = None
-        self._facts = {"speed": "", "loss": "", "quality": "", "eta": ""}
+        self._losses = self._quality = ""
         self._last_update = 0.0
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def _render(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        if self._task is None:
+            return Text("")
+        below = "  ".join(text for text in (self._losses, self._quality) if text)
+        return Group(self._progress, Text(below or "measuring", style="dim"))
 
     def __call__(self, event: Event) -> None:
         kind = event["kind"]
         if kind == "train":
             if self._task is not None and time.monotonic() - self._last_update > 0.25:
                 self._last_update = time.monotonic()
-                self._progress.update(self._task, completed=event["step"], facts=self._join())
+                self._progress.update(self._task, completed=event["step"])
             return
         if kind == "progress":
             self._show(event)
             return
-        if kind == "validation" and event.get("quality_score") is not None:
-            self._facts["quality"] = f"quality {event['quality_score']:.3f}"
-        if kind in ("stage_finished", "failed", "stopped") and self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
+        if kind == "validation":
+            self._quality = _describe_quality(event)
+        if kind in ("stage_started", "stage_finished", "failed", "stopped"):
+            self._clear()
         line = describe_event(event)
         if line is not None and kind not in _TOLD_ELSEWHERE:
             self._console.print(line, markup=False, highlight=False, style=_STYLES.get(kind))
 
     def _show(self, event: Event) -> None:
         if self._task is None or self._stage != event["stage"]:
+            self._clear()
             self._stage = event["stage"]
-            self._task = self._progress.add_task(event["stage"], total=event["num_iterations"], facts="")
-        self._facts["speed"] = f"{event['steps_per_second']:.1f} steps/s"
-        self._facts["loss"] = f"loss {_describe_loss(event)}"
-        self._facts["eta"] = f"{format_seconds(event['eta_seconds'])} left"
-        self._progress.update(self._task, completed=event["step"], facts=self._join())
+            self._task = self._progress.add_task(event["stage"], total=event["num_iterations"], speed="")
+        speed = f"{event['steps_per_second']:.1f} steps/s  {format_seconds(event['eta_seconds'])} left"
+        self._losses = _describe_losses(event)
+        self._progress.update(self._task, completed=event["step"], speed=speed)
 
-    def _join(self) -> str:
-        return "  ".join(text for text in self._facts.values() if text)
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task, self._stage, self._losses, self._quality = None, None, "", ""
 
     def note(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False, style="dim")
 
     def close(self) -> None:
-        self._progress.stop()
+        self._clear()
+        self._live.stop()
 
 
 _STYLES = {"warning": "yellow", "rollback": "bold red", "failed": "bold red", "run_finished": "bold"}

@@ -11,6 +11,7 @@ from cvm_translator.config.schema import ModelConfig
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.errors import CorpusError
 from cvm_translator.models.decoding import translate_texts
 from cvm_translator.models.folder import save_model
 from cvm_translator.models.transformer import CvmTransformer
@@ -25,7 +26,13 @@ def build_dataset(
     context: RunContext, pairs: Sequence[Pair], tokenizer: Tokenizer, *models: ModelConfig
 ) -> DistillationDataset:
     """The pairs as token ids, without those longer than the shortest of the models' limits."""
-    dataset = DistillationDataset.from_pairs(pairs, tokenizer, min(model.max_length for model in models))
+    max_length = min(model.max_length for model in models)
+    dataset = DistillationDataset.from_pairs(pairs, tokenizer, max_length)
+    if not len(dataset):
+        raise CorpusError(
+            f"all {len(pairs)} training pairs are longer than max_length {max_length} (in tokens): raise"
+            " teacher.model.max_length and student.model.max_length"
+        )
     if dataset.num_dropped:
         context.note(f"{dataset.num_dropped} training pairs are longer than max_length and are left out")
     return dataset

@@ -72,9 +72,7 @@ def validate_model(path: Path, test: Path | None = None, device: str = "auto") -
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a TSV file; a malformed row is an error here, since a score must not leave rows out silently."""
     pairs: list[Pair] = []
-    for row in read_source(
-        TsvSource(format="tsv", path=path), ReaderContext("", "", path.parent, path.parent, 1_000_000, print)
-    ):
+    for row in read_source(TsvSource(format="tsv", path=path), ReaderContext("", "", Path(), Path(), 1_000_000, print)):
         if isinstance(row, BadRow):
             raise CorpusError(f"{row.origin}: {row.reason}; mend the row, since every row of a test set is scored")
         if isinstance(row, Pair):

@@ -8,12 +8,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvm_translator.config.schema import ValidationSettings
+from cvm_translator.config.schema import ModelConfig, RunConfig, ValidationSettings
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.errors import ConfigError
 from cvm_translator.losses.distillation import DistillationLoss
-from cvm_translator.models.folder import LoadedModel, load_model
+from cvm_translator.models.folder import LoadedModel, find_model_folder, load_model, load_model_config
 from cvm_translator.models.initialization import init_random
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
@@ -67,7 +67,32 @@ def obtain_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer) ->
     return teacher
 
 
-def _load_teacher(context: RunContext, folder: Path) -> Teacher:
+def check_given_teacher(config: RunConfig) -> None:
+    """Refuse a teacher folder that cannot serve this run, before anything else is done; one that is trained passes."""
+    if config.teacher.path is None:
+        return
+    folder = find_model_folder(config.teacher.path)
+    described = load_model_config(folder)
+    ours = (config.corpus.source_language, config.corpus.target_language)
+    theirs = (described["source_language"], described["target_language"])
+    if ours != theirs:
+        raise ConfigError(
+            f"teacher.path {folder} translates {' to '.join(theirs)}, the corpus is {' to '.join(ours)}: "
+            "name another teacher or correct corpus.source_language and corpus.target_language"
+        )
+    if config.student.init == "teacher_layers" and described["number_format"] != "float32":
+        raise ConfigError(
+            f"teacher.path {folder} is {described['number_format']}, whose layers cannot be copied: "
+            "name a float32 model folder or use student.init random"
+        )
+    try:
+        config.student.check_teacher(ModelConfig.model_validate(described["model"]))
+    except ValueError as error:
+        raise ConfigError(f"teacher.path {folder}: {error}") from None
+
+
+def _load_teacher(context: RunContext, path: Path) -> Teacher:
+    folder = find_model_folder(path)
     loaded = load_model(folder, context.device)
     return Teacher(loaded, folder, atomic.sha256_file(folder / "model.safetensors"))
 

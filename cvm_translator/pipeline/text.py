@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvm_translator.config.schema import TokenizerConfig
-from cvm_translator.corpus.build import CorpusSummary, load_split
+from cvm_translator.config.schema import CorpusConfig, TokenizerConfig
+from cvm_translator.corpus.build import ROLES, CorpusSummary, load_split
 from cvm_translator.corpus.build import build_corpus as build_corpus_files
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.corpus.tokenizer import build_tokenizer as build_tokenizer_files
+from cvm_translator.models.folder import TOKENIZER_FILE, find_model_folder
 from cvm_translator.pipeline.context import RunContext, stage
+from cvm_translator.runs import atomic
 from cvm_translator.validation.preflight import check_alignment, check_leakage
+
+CHECKS_VERSION = 1
+"""Grows whenever the checks would find more."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +41,39 @@ class Corpus:
 def build_corpus(context: RunContext) -> Corpus:
     config, directory = context.config.corpus, context.layout.corpus
     with stage(context, "corpus") as note:
-        summary = build_corpus_files(
-            config, directory, seed=config.split_seed, base_dir=Path.cwd(), report=context.note
-        )
-        splits = {name: load_split(directory, name) for name in ("train", "validation", "test", "unseen")}
-        if not summary.reused:
-            check_leakage({name: [(pair.source, pair.target) for pair in pairs] for name, pairs in splits.items()})
-            for name, pairs in splits.items():
-                sources, targets, origins = zip(*pairs, strict=True) if pairs else ((), (), ())
-                check_alignment(sources, targets, f"corpus.{name}", origins)
+        summary = prepare_corpus(config, directory, Path.cwd(), context.note)
+        splits = {name: load_split(directory, name) for name in ROLES}
         note.skipped = summary.reused
         note.summary = {name: len(pairs) for name, pairs in splits.items()}
     return Corpus(summary, **splits, sha256=summary.sha256)
+
+
+def prepare_corpus(
+    config: CorpusConfig, directory: Path, base_dir: Path, report: Callable[[str], None]
+) -> CorpusSummary:
+    """Build or reuse the corpus, and check once that its pairs belong together and its splits share nothing.
+
+    A corpus that has failed the checks fails them again: that they were passed is recorded in `checks.json`.
+    """
+    summary = build_corpus_files(config, directory, seed=config.split_seed, base_dir=base_dir, report=report)
+    record, passed = directory / "checks.json", {"corpus": summary.sha256, "version": CHECKS_VERSION}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if atomic.read_json(record) == passed:
+            return summary
+    splits = {name: load_split(directory, name) for name in ROLES}
+    check_leakage({name: [(pair.source, pair.target) for pair in pairs] for name, pairs in splits.items()})
+    for name, pairs in splits.items():
+        sources, targets, origins = zip(*pairs, strict=True) if pairs else ((), (), ())
+        check_alignment(sources, targets, f"corpus.{name}", origins)
+    atomic.write_json(record, passed)
+    return summary
 
 
 def build_tokenizer(context: RunContext, corpus: Corpus) -> Tokenizer:
     config, teacher = context.config.tokenizer, context.config.teacher
     if teacher.path is not None and config.path is None:
         # A student can only copy a teacher's distribution over the same pieces.
-        config = TokenizerConfig(path=teacher.path / "sentencepiece.model")
+        config = TokenizerConfig(path=find_model_folder(teacher.path) / TOKENIZER_FILE)
     with stage(context, "tokenizer") as note:
         manifest = context.layout.tokenizer / "manifest.json"
         before = manifest.stat().st_mtime_ns if manifest.exists() else None

@@ -56,7 +56,8 @@ class ValidationJudge:
                 deployed, self.tokenizer, sources, beam_size=settings.beam_size, batch_size=settings.batch_size
             )
 
-        extra = {"perplexity": compute_perplexity(deployed, self.held_out, settings.batch_size)}
+        perplexity = compute_perplexity(deployed, self.held_out, settings.batch_size)
+        extra = {} if perplexity is None else {"perplexity": perplexity}
         result = self.validator.validate(state.step, state.attempt, translate, extra)
         verdict = result.verdict
         if verdict.is_new_best:
@@ -94,8 +95,8 @@ class ValidationJudge:
 
 
 @torch.inference_mode()
-def compute_perplexity(model: CvmTransformer, held_out: DistillationDataset, batch_size: int) -> float:
-    """exp of the mean cross-entropy a reference token, in nats, teacher-forced."""
+def compute_perplexity(model: CvmTransformer, held_out: DistillationDataset, batch_size: int) -> float | None:
+    """exp of the mean cross-entropy a reference token, in nats, teacher-forced; None where no pair fits the model."""
     device = model.positions.device
     total, num_tokens = 0.0, 0
     order = np.argsort(held_out.lengths[:, 1], kind="stable")
@@ -107,4 +108,4 @@ def compute_perplexity(model: CvmTransformer, held_out: DistillationDataset, bat
         targets = batch.tgt_out.flatten()[real]
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         num_tokens += batch.num_tokens
-    return math.exp(min(total / max(num_tokens, 1), 700.0))
+    return math.exp(min(total / num_tokens, 700.0)) if num_tokens else None

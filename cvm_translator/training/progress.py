@@ -1,6 +1,6 @@
 """The heartbeat of a loop: speed, remaining time and mean loss, told every few seconds.
 
-Measured on a monotonic clock; validations and checkpoints do not count. The loss is the mean over the real target
+Measured on a monotonic clock; validations and checkpoints do not count. The losses are means over the real target
 tokens since the last report. Batches differ in length, so speed is smoothed: what lies half a minute of training back
 weighs half.
 """
@@ -17,6 +17,7 @@ from cvm_translator.training.step import StepResult
 
 REPORT_EVERY_SECONDS = 5.0
 HALF_LIFE_SECONDS = 30.0
+LOSSES = ("loss", "distillation_loss", "task_loss")
 
 
 class ProgressMeter:
@@ -33,14 +34,15 @@ class ProgressMeter:
     def restart(self) -> None:
         """Begin to measure anew, after something that is not a step."""
         self._start, self._num_steps, self._num_tokens = time.monotonic(), 0, 0
-        self._loss_sum, self._num_loss_tokens = 0.0, 0
+        self._loss_sums, self._num_loss_tokens = dict.fromkeys(LOSSES, 0.0), 0
 
     def count(self, result: StepResult, state: LoopState) -> None:
         """Count one executed step; reports when it is time."""
         self._num_steps += 1
         self._num_tokens += result.num_tokens
         if result.rejected is None:
-            self._loss_sum += result.loss * result.num_tokens
+            for name in LOSSES:
+                self._loss_sums[name] += getattr(result, name) * result.num_tokens
             self._num_loss_tokens += result.num_tokens
         if time.monotonic() - self._start >= REPORT_EVERY_SECONDS:
             self.report(state)
@@ -63,7 +65,10 @@ class ProgressMeter:
                 steps_per_second=speed,
                 tokens_per_second=tokens / smoothed_seconds,
                 eta_seconds=(self._num_iterations - state.step) / speed,
-                loss=self._loss_sum / self._num_loss_tokens if self._num_loss_tokens else None,
+                **{
+                    name: total / self._num_loss_tokens if self._num_loss_tokens else None
+                    for name, total in self._loss_sums.items()
+                },
                 memory_mib=psutil.Process().memory_info().rss / 2**20,
             )
         self.restart()

@@ -120,8 +120,8 @@ def analyse_errors(
     masks = error_masks(measurement, hypotheses, references, chrf, teacher_hypotheses, teacher_chrf)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
 
-    def describe(order: FloatArray) -> list[dict[str, Any]]:
-        chosen = np.argsort(order, kind="stable")[:NUM_WORST]
+    def describe(order: FloatArray, below: float = np.inf) -> list[dict[str, Any]]:
+        chosen = [index for index in np.argsort(order, kind="stable")[:NUM_WORST] if order[index] < below]
         return [
             _describe(int(index), sources, hypotheses, references, chrf, teacher_hypotheses, teacher_chrf, masks)
             for index in chosen
@@ -138,5 +138,5 @@ def analyse_errors(
         "worst_sentences": describe(chrf),
     }
     if teacher_chrf is not None:
-        analysis["largest_losses"] = describe(chrf - teacher_chrf)
+        analysis["largest_losses"] = describe(chrf - teacher_chrf, below=0.0)
     return analysis

@@ -216,6 +216,63 @@ def test_a_bad_override_is_refused(override: str, words: str, write: Any) -> Non
         load_config(write(MINIMAL + "seed: 1\n"), [override])
 
 
+def test_relative_paths_of_overrides_and_keywords_hold_from_anywhere(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are relative to where the command runs; a resume from elsewhere reads the same ones."""
+    here = tmp_path / "here"
+    (here / "data").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    overrides = ["corpus.train=[{format: tsv, path: a.tsv}, {format: huggingface, path: data}]", "tokenizer.path=t"]
+    config = load_config(write(MINIMAL), [*overrides, "teacher.kind=checkpoint", "teacher.path=../teacher"])
+    assert config.corpus.train[0].path == here / "a.tsv"  # type: ignore[union-attr]
+    assert config.corpus.train[1].path == str(here / "data")  # type: ignore[union-attr]
+    assert (config.tokenizer.path, config.teacher.path) == (here / "t", here / "../teacher")
+    given = {"kind": "checkpoint", "path": Path("teacher")}
+    config = DistillationConfig(teacher=given, validation={"bertscore_model": "data", "comet_model": "owner/name"})
+    assert config.teacher.path == here / "teacher"
+    assert config.validation.bertscore_model == str(here / "data")
+    assert config.validation.comet_model == "owner/name"
+    assert given["path"] == Path("teacher")  # the caller's own data
+
+
+def test_models_by_name(write: Any) -> None:
+    text = "teacher: {model: spec_teacher}\nstudent: {model: {preset: deep_encoder_student, dropout: 0.25}}\n"
+    config = load_config(write(MINIMAL + text), ["teacher.model=spec_teacher"])
+    assert (config.teacher.model.dim, config.teacher.model.num_heads) == (768, 12)
+    student = config.student.model
+    assert (student.dim, student.encoder_layers, student.decoder_layers, student.dropout) == (512, 6, 2, 0.25)
+    assert "preset" not in config.to_plain()["student"]["model"]
+
+
+def test_overrides_leave_no_trace_in_the_next_config(write: Any) -> None:
+    path = write(MINIMAL)
+    before = load_config(path)
+    changed = load_config(path, ["teacher.training.num_iterations=7000", "student.model.dropout=0.5"])
+    assert (changed.teacher.training.num_iterations, changed.student.model.dropout) == (7000, 0.5)
+    assert load_config(path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1: 2\n", "1 is no name of a setting"),
+        ("guard: {on: 3}\n", "True is no name of a setting"),
+        ("? [a, b]\n: 3\n", "['a', 'b'] is no name of a setting (line 2)"),
+        ("student: {init: teacher_layers, model: {dim: 128}}\n", "the student's dim is 128, the teacher's 256"),
+        ("student: {init: teacher_layers, encoder_layers_from: [0]}\n", "encoder_layers_from [0] names 1 layers"),
+        ("student: {init: teacher_layers, decoder_layers_from: [7]}\n", "layer 7: the teacher has layers 0 to 1"),
+        ("student: {encoder_layers_from: [0, 1, 2]}\n", "need student.init teacher_layers"),
+        ("validation: {weights: {bleu: 1.0, comet: 1.0}}\n", "weighs comet, which validation.metrics does not measure"),
+        ("student: {model: spec_studnet}\n", "unknown preset 'spec_studnet': known are spec_teacher, spec_student"),
+        ("validation: {weights: {bleu: -1.0}}\n", "negative weight"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_now(text: str, words: str, write: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(write(MINIMAL + text))
+
+
 # ---------------------------------------------------------------------------------------------------------- round trip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -121,6 +122,48 @@ def test_a_folder_that_is_no_model(command: list[str], numbers: Any, tmp_path: P
     assert_one_line(numbers.run(*command, tmp_path), re.escape(str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["teacher.path=no_model"], r"no_model is no model folder: it has no config\.json$"),
+        (["teacher.path=teacher/model", "corpus.source_language=fr"], r"translates de to en, the corpus is fr to en"),
+        (["teacher.path=student", "student.init=teacher_layers"], r"student/int8 is int8, whose layers cannot be cop"),
+        (
+            ["teacher.path=teacher/model", "student.init=teacher_layers", "student.model.feed_forward_dim=64"],
+            r"the student's feed_forward_dim is 64, the teacher's 128",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_serve_is_refused_before_anything_is_read(
+    overrides: list[str], words: str, numbers: Any, whole_run: Any, tmp_path: Path
+) -> None:
+    (whole_run.folder / "no_model").mkdir(exist_ok=True)
+    overrides = [o.replace("teacher.path=", f"teacher.path={whole_run.folder}/") for o in overrides]
+    more = [part for override in ["teacher.kind=checkpoint", *overrides] for part in ("--set", override)]
+    assert_one_line(numbers.start_run(numbers.write_config("given"), tmp_path / "run", *more).finish(), words)
+    assert not (tmp_path / "run" / "corpus").exists()
+
+
+def test_a_damaged_config_of_a_run_folder_is_named(numbers: Any, whole_run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run.folder, folder, symlinks=True)
+    (folder / "config.yaml").write_text(": : [")
+    end = numbers.start_run(whole_run.config, folder).finish()
+    assert_one_line(end, r"run/config\.yaml cannot be read as YAML .* restore it, or delete it")
+
+
+def test_text_that_no_model_can_hold_is_refused(numbers: Any, tmp_path: Path) -> None:
+    config, generator = numbers.write_config("long"), random.Random(3)
+    sides = [" ".join("".join(generator.choices("abcdefgh", k=6)) for _ in range(9)) for _ in range(800)]
+    rows = [f"{source}\t{target}\n" for source, target in zip(sides[::2], sides[1::2], strict=True)]
+    (numbers.folder / "long.tsv").write_text("".join(rows))
+    source = f"corpus.train=[{{format: tsv, path: {numbers.folder}/long.tsv}}]"
+    more = ["--set", source, "--set", "teacher.model.max_length=8", "--set", "tokenizer.vocab_size=300"]
+    more += ["--set", "corpus.validation_size=5", "--set", "corpus.test_size=5"]
+    end = numbers.start_run(config, tmp_path / "run", *more).finish()
+    assert_one_line(end, r"all \d+ training pairs are longer than max_length 8 .*: raise")
+
+
 # ---------------------------------------------------------------------------------------------------------- full disk
 
 
@@ -134,7 +177,8 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: what a killed run had begun to measure may still hold a file there.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_it_ends_well_and_quietly(whole_run: Any) -> None:
-    assert (whole_run.finished.exit_code, whole_run.finished.output, whole_run.finished.errors) == (0, "", "")
+def test_it_ends_well_and_says_no_more_than_its_verdict(whole_run: Any) -> None:
+    assert (whole_run.finished.exit_code, whole_run.finished.errors) == (0, "")
+    (line,) = whole_run.finished.output.splitlines()
+    assert re.match(r"gate passed; test set: teacher BLEU [\d.]+, int8 student [\d.]+ \([\d.]+%\); quality", line)
 
 
 def test_the_teacher_is_worth_copying_and_the_gate_passed(whole_run: Any) -> None:

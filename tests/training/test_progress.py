@@ -52,6 +52,8 @@ def test_loss_is_the_mean_over_tokens_since_the_last_report(tmp_path: Path, cloc
     first, second = run(tmp_path, clock, steps)
     assert first["loss"] == pytest.approx((2.0 * 100 + 1.0 * 300) / 400)
     assert second["loss"] == pytest.approx((5.0 * 10 + 4.0 * 30) / 40)
+    for name in ("distillation_loss", "task_loss"):
+        assert isinstance(first[name], float)
 
 
 def test_rejected_batches_do_not_count_towards_the_loss(tmp_path: Path, clock: Clock) -> None:

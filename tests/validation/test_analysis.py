@@ -59,6 +59,7 @@ def test_the_worst_sentences_come_first_with_all_four_texts(corpus, analysed) ->
     assert first["teacher"] == teacher_hypotheses[5]
     losses = [entry["teacher_chrf"] - entry["chrf"] for entry in analysis["largest_losses"]]
     assert losses == sorted(losses, reverse=True)
+    assert losses[-1] > 0  # a sentence that lost nothing is no loss
 
 
 def test_without_a_teacher_there_is_no_comparison(corpus, evaluator) -> None:

@@ -1,0 +1,104 @@
+"""What a run tells on the terminal: the lines, and the display under them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cvm_translator.pipeline.journal import LiveDisplay, PlainDisplay, describe_event
+
+SCORES = {"bleu": 30.5, "chrf": 50.25}
+
+
+def progress(stage: str = "distil", **changes: Any) -> dict[str, Any]:
+    event = {"kind": "progress", "stage": stage, "step": 7200, "num_iterations": 10_000, "steps_per_second": 112.34}
+    event |= {"tokens_per_second": 9000.0, "eta_seconds": 4321.0}
+    return event | {"loss": 1.25, "distillation_loss": 0.8125, "task_loss": 3.5} | changes
+
+
+def validation(stage: str, quality: float | None) -> dict[str, Any]:
+    teacher_scores = SCORES if stage == "distil" else {}
+    event = {"kind": "validation", "stage": stage, "step": 1000, "scores": SCORES, "teacher_scores": teacher_scores}
+    return event | {"quality_score": quality}
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            progress(),
+            "distil step 7200/10000  112.3 steps/s  9000 tokens/s  1:12:01 left"
+            "  loss 1.250 (distillation 0.812, task 3.500)",
+        ),
+        (validation("distil", 0.0), "distil validation at step 1000: bleu 30.50  chrf 50.25  quality 0.000 of the te"),
+        (validation("teacher", 0.4), "teacher validation at step 1000: bleu 30.50  chrf 50.25"),
+        (
+            {"kind": "stage_finished", "stage": "gate", "skipped": False, "seconds": 16.0, "summary": {"passed": True}},
+            "stage gate: done in 16.0 s (passed)",
+        ),
+        (
+            {"kind": "stage_finished", "stage": "quantise", "skipped": True, "seconds": 0.1}
+            | {"summary": {"float_bytes": 14 << 20, "int8_bytes": 3 << 20}},
+            "stage quantise: reused (float 14.0 MiB, int8 3.0 MiB)",
+        ),
+        (
+            {"kind": "stage_finished", "stage": "distil", "skipped": False, "seconds": 2.0}
+            | {"summary": {"steps": 10_000, "best_step": None}},
+            "stage distil: done in 2.0 s (steps 10,000, best step None)",
+        ),
+    ],
+)
+def test_lines(event: dict[str, Any], line: str) -> None:
+    assert (describe_event(event) or "").startswith(line)
+
+
+def test_without_a_teacher_there_is_one_loss() -> None:
+    told = describe_event(progress("teacher", distillation_loss=0.0)) or ""
+    assert told.endswith("loss 1.250")
+    skipped = describe_event(progress(loss=None, distillation_loss=None, task_loss=None)) or ""
+    assert skipped.endswith("loss -")
+
+
+@pytest.fixture
+def display() -> Iterator[LiveDisplay]:
+    console = Console(file=io.StringIO(), width=80, height=25, force_terminal=True, legacy_windows=False)
+    shown = LiveDisplay(console)
+    yield shown
+    shown.close()
+
+
+def drawn(display: LiveDisplay) -> list[str]:
+    """What stands on an 80-column terminal under the lines."""
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(display._render())
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_step_speed_time_losses_and_quality_fit_80_columns(display: LiveDisplay) -> None:
+    display(progress())
+    display(validation("distil", 0.9712))
+    bar, below = drawn(display)
+    assert bar.split()[0] == "distil"
+    assert bar.endswith("7,200/10,000 112.3 steps/s  1:12:01 left")
+    assert below == "loss 1.250 (distillation 0.812, task 3.500)  quality 0.971 of the teacher's"
+
+
+def test_nothing_of_the_teachers_training_is_shown_with_the_students(display: LiveDisplay) -> None:
+    display(progress("teacher", distillation_loss=0.0))
+    display(validation("teacher", 0.9))
+    display({"kind": "stage_finished", "stage": "teacher", "skipped": False, "seconds": 1.0, "summary": {}})
+    assert drawn(display) == [""]
+    display(progress("distil", step=1))
+    assert "quality" not in "".join(drawn(display))
+    assert drawn(display)[0].startswith("distil")
+
+
+def test_plain_lines_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = PlainDisplay()
+    for event in (progress(), progress(), validation("distil", 0.5), {"kind": "train"}):
+        plain(event)
+    assert len(capsys.readouterr().err.splitlines()) == 2  # progress at most every quarter of a minute

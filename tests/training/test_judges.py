@@ -1,0 +1,34 @@
+"""What the judge measures beside the translations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.training.judges import compute_perplexity
+
+
+def test_perplexity_is_that_of_the_pairs_one_by_one(
+    make_model: Callable[..., CvmTransformer], dataset: DistillationDataset
+) -> None:
+    model = make_model().eval()
+    total, count = 0.0, 0
+    for index in range(len(dataset)):
+        batch: Any = dataset.batch([index])
+        with torch.no_grad():
+            hidden, matrix = model(batch.src, batch.src_mask, batch.tgt_in)
+        log_probs = (hidden[0] @ matrix.T).log_softmax(-1)  # (T, V)
+        total -= log_probs.gather(1, batch.tgt_out[0][:, None]).sum().item()
+        count += batch.tgt_out.shape[1]
+    expected = torch.tensor(total / count).exp().item()
+    assert compute_perplexity(model, dataset, batch_size=7) == pytest.approx(expected, rel=1e-4)
+
+
+def test_where_no_pair_fits_there_is_no_number(make_model: Callable[..., CvmTransformer]) -> None:
+    empty = DistillationDataset([[4] * 30], [[5] * 30], max_length=16)
+    assert compute_perplexity(make_model().eval(), empty, batch_size=7) is None
