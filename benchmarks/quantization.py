@@ -39,7 +39,6 @@ NAME = "quantization"
 BATCH_SIZES = (1, 32, 128)
 NUM_TIMED = {1: 48, 32: 512, 128: 1024}
 """Sentences that are timed at each batch size."""
-NUM_ROUNDS = 5
 REFERENCE = "float32"
 
 
@@ -131,12 +130,14 @@ def measure_quality(folders: Mapping[str, Path], run: Path, work: Path, num_thre
     return measured
 
 
-def measure_speed(folders: Mapping[str, Path], run: Path, work: Path, num_threads: int) -> dict[str, dict[str, float]]:
+def measure_speed(
+    folders: Mapping[str, Path], run: Path, work: Path, num_threads: int, num_rounds: int
+) -> dict[str, dict[str, float]]:
     """Generated tokens a second by row and batch size: medians over rounds in which the rows take turns."""
     pairs = load_split(RunLayout(run).corpus, "test")
     output = work / "speed.json"
     rounds: list[dict[str, dict[str, float]]] = atomic.read_json(output) if output.exists() else []
-    while len(rounds) < NUM_ROUNDS:
+    while len(rounds) < num_rounds:
         speeds: dict[str, dict[str, float]] = {}
         for name, folder in folders.items():
             for batch_size in BATCH_SIZES:
@@ -155,7 +156,9 @@ def measure_speed(folders: Mapping[str, Path], run: Path, work: Path, num_thread
                 speeds.setdefault(name, {})[str(batch_size)] = result["tokens_per_second"]
         rounds.append(speeds)
         atomic.write_json(output, rounds)
-        print(f"speed, round {len(rounds)} of {NUM_ROUNDS}", flush=True)
+        print(f"speed, round {len(rounds)} of {num_rounds}", flush=True)
+    if not rounds:
+        return {}
     return {
         name: {size: statistics.median(one[name][size] for one in rounds) for size in rounds[0][name]}
         for name in rounds[0]
@@ -222,7 +225,8 @@ def format_results(data: Mapping[str, Any]) -> str:
         "",
         f"{data['num_runs']} seeds, {data['num_sentences']:,} test sentences; differences with 95 % interval (paired"
         f" bootstrap, {evidence.NUM_DRAWS:,} draws). Weights without the tokenizer. Speed: generated tokens a second on"
-        f" {data['num_threads']} thread(s) of {data['processor']}, medians of {NUM_ROUNDS} interleaved rounds. Memory:"
+        f" {data['num_threads']} thread(s) of {data['processor']}, medians of {data['num_rounds']} interleaved rounds"
+        " (-: not timed). Memory:"
         " peak above the bare process, translating the test set in batches of 128.",
         "",
         evidence.markdown_table(header, rows),
@@ -260,6 +264,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--plot", type=Path, default=common.REPOSITORY / "docs" / "images" / "quantization.png")
     parser.add_argument("--threads", type=int, default=1, metavar="T")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of timing; 0: leave the speeds out")
     options = parser.parse_args()
     if options.qat4 and len(options.qat4) != len(options.runs):
         raise BenchmarkError("--qat4 is given once for each --run, in the same order, or not at all")
@@ -271,13 +276,15 @@ def main() -> int:
         first = first or folders
         measured.append(measure_quality(folders, run, work, options.threads))
     rows = compare(options.runs, measured)
-    speeds = measure_speed(first, options.runs[0], options.work / options.runs[0].resolve().name, options.threads)
+    work = options.work.resolve() / options.runs[0].resolve().name
+    speeds = measure_speed(first, options.runs[0], work, options.threads, options.rounds)
     layout = RunLayout(options.runs[0])
     data = {
         "config": f"{', '.join(run.name for run in options.runs)}",
         "num_runs": len(options.runs),
         "num_sentences": len(load_split(layout.corpus, "test")),
         "num_threads": options.threads,
+        "num_rounds": options.rounds,
         "processor": atomic.read_json(layout.environment)["processor"],
         "rows": rows,
         "speeds": speeds,
