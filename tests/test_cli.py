@@ -92,7 +92,9 @@ def test_errors_are_one_line(
         ([], "required: COMMAND"),
         (["distil"], "invalid choice: 'distil'"),
         (["quantize", "--model", "a", "--output", "b", "--method", "magic"], "choose from 'dynamic'"),
-        (["quantize", "--model", "a", "--output", "b", "--bits", "3"], "choose from 8"),
+        (["quantize", "--model", "a", "--output", "b", "--bits", "3"], "choose from 4, 8, 16"),
+        (["quantize", "--model", "a", "--output", "b", "--group-size", "7"], "even number from 2 up, or row"),
+        (["quantize", "--model", "a", "--output", "b", "--target-ratio", "6", "--plan", "c"], "not allowed with"),
         (["export", "--model", "a", "--output", "b", "--format", "gguf"], "choose from 'safetensors', 'huggingface', "),
         (
             ["export", "--model", "a", "--output", "b", "--format", "onnx", "--quantization", "int4"],
@@ -316,8 +318,10 @@ def test_quantize_and_export(model_folder: Path, tmp_path: Path, capsys: pytest.
     for command in (["quantize"], ["export", "--format", "safetensors"]):
         assert main([*command, "--model", source, "--output", str(int8)]) == 1
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (int8 / "model.safetensors").read_bytes()
-    assert capsys.readouterr().err.splitlines() == [
-        f"error: {int8} is int8 already: name a float32 model folder",
+    not_judged, *errors = capsys.readouterr().err.splitlines()
+    assert not_judged.startswith(f"not judged: {source} belongs to no run; name sentences")
+    assert errors == [
+        f"error: {int8}: layer embedding is int8 already: give the float model",
         *[f"error: {int8} exists already: remove it or choose another folder"] * 2,
     ]
 

@@ -421,9 +421,9 @@ METHOD_BITS: dict[str, tuple[int, ...]] = {
     "none": (),
     "dynamic": (8,),
     "static": (8,),
-    "qat": (4, 8),
+    "qat": (8, 4),
     "weight_only": (4, 8, 16),
-    "progressive": (4, 8),
+    "progressive": (8, 4),
     "mixed": (),
 }
 """The bit widths that each quantisation method has; none and mixed have no width of their own."""

@@ -100,7 +100,7 @@ REFUSED_KEYWORDS = [
     ({"grad_accum_steps": 64}, "grad_accum_steps 64 exceeds batch_size 32"),
     ({"source_language": "en"}, "source_language and target_language are the same"),
     ({"quantization_bits": 3}, "quantization.bits: Input should be 4, 8 or 16 (got 3)"),
-    ({"quantization_bits": 16}, "method qat has no 16 bits: it has 4 or 8"),
+    ({"quantization_bits": 16}, "method qat has no 16 bits: it has 8 or 4"),
     ({"quantization": {"method": "static", "bits": 4}}, "method static has no 4 bits: it has 8"),
     ({"quantization": {"widths": [16, 8]}}, "widths belongs to method progressive"),
     ({"quantization": {"method": "progressive", "widths": [8, 16]}}, "widths [8, 16] must fall and end in bits, 8"),
