@@ -40,6 +40,7 @@ BATCH_SIZES = (1, 32, 128)
 NUM_TIMED = {1: 48, 32: 512, 128: 1024}
 """Sentences that are timed at each batch size."""
 REFERENCE = "float32"
+TICKS_MIB = [tick * 2.0**power for power in range(-4, 14) for tick in (1.0, 1.25, 1.5)]
 
 
 @dataclass(frozen=True)
@@ -243,13 +244,25 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     """BLEU against bytes, every row a point."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5))
+    figure = Figure(figsize=(9, 4.8))
     axes = figure.subplots()
-    for name, row in rows.items():
-        size, bleu = row["num_bytes"] / 2**20, row["scores"]["bleu"]
+    points = sorted((row["scores"]["bleu"], row["num_bytes"] / 2**20, name) for name, row in rows.items())
+    lowest, highest = points[0][0], points[-1][0]
+    line_height = max(highest - lowest, 0.1) / 22
+    placed: list[tuple[float, float]] = []
+    for bleu, size, name in points:
         axes.plot(size, bleu, "o", color=FLOAT if name == REFERENCE else STUDENT)
-        axes.annotate(name, (size, bleu), xytext=(6, 3), textcoords="offset points", fontsize=7)
+        # labels never lie on each other
+        text_height = max([bleu, *(height + line_height for other, height in placed if size < 1.5 * other)])
+        placed.append((size, text_height))
+        axes.annotate(name, (size, text_height), xytext=(8, -3), textcoords="offset points", fontsize=8)
     axes.set_xscale("log", base=2)
+    sizes = [size for _, size, _ in points]
+    ticks = [tick for tick in TICKS_MIB if min(sizes) / 1.2 <= tick <= max(sizes) * 1.2]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(min(sizes) / 1.1, max(sizes) * 1.3)
+    axes.set_ylim(lowest - 2 * line_height, highest + 4 * line_height)
     axes.set_xlabel("weights, MiB")
     axes.set_ylabel("BLEU on the test set")
     axes.set_title("Quality against bytes")
