@@ -6,13 +6,13 @@ float32. In a state_dict it has `weight`, `bias` and what its format adds, such 
 Speed and memory. `int8` and `int8_static` multiply integers (`torch._int_mm` where it is exact) and need no float copy
 of their weights. `float16` and `int8_weights` have no fast product on a CPU: the first use makes the float32 weights
 and keeps them, so they run at the speed and in the memory of the float model (4 bytes a weight beside the stored 1 or
-2) — those formats make files small. PyTorch's `_weight_int8pack_mm` would need no copy, but it crashes on
-memory-mapped weights.
+2) — those formats make files small. PyTorch's `_weight_int8pack_mm` would need no copy, but it dies of a segmentation
+fault on memory-mapped weights, as `load_model` gives them (torch 2.13).
 
 `int8_static` puts all activations of a layer on one grid, −128…127 with a zero point, found by calibration
 (`calibration`): seven operations fewer a layer than finding each token's own. oneDNN's `qlinear_pointwise` was tried
-for it and left: on AVX-512 with torch 2.13 it is slower than `_int_mm` at every size (44 against 18 µs for one row of
-256 × 256, 398 against 319 µs for 640), and with signed activations a hundred times so.
+for it and left: with AVX-512 and torch 2.13 it is slower than `_int_mm` for 1 to 640 rows of 256 × 256 (44 against 18
+µs, 398 against 319 µs), with signed inputs over a hundred times slower, and for some shapes it has no such product.
 """
 
 from __future__ import annotations
