@@ -429,6 +429,12 @@ METHOD_BITS: dict[str, tuple[int, ...]] = {
 """The bit widths that each quantisation method has; none and mixed have no width of their own."""
 
 
+TRAINED_METHODS = ("qat", "progressive")
+"""Those whose training sees the rounding."""
+PROGRESSIVE_BITS = (16, 8, 4)
+"""The widths of progressive quantisation, down to the one that is deployed."""
+
+
 class QuantizationConfig(Settings):
     """The number format in which the student is deployed, and whether training sees it."""
 
@@ -460,7 +466,7 @@ class QuantizationConfig(Settings):
         """The widths that training passes through, the deployed one last."""
         if self.method != "progressive":
             return (self.bits,)
-        return tuple(self.widths) if self.widths else tuple(bits for bits in (16, 8, 4) if bits >= self.bits)
+        return tuple(self.widths) if self.widths else tuple(bits for bits in PROGRESSIVE_BITS if bits >= self.bits)
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> QuantizationConfig:

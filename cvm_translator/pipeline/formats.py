@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from cvm_translator.config.schema import QuantizationConfig, RunConfig
+from cvm_translator.config.schema import TRAINED_METHODS, QuantizationConfig, RunConfig
 from cvm_translator.corpus.dataset import Batch, DistillationDataset
 from cvm_translator.errors import ConfigError
 from cvm_translator.models.transformer import CvmTransformer
@@ -29,6 +29,7 @@ from cvm_translator.quantization import (
 from cvm_translator.runs import atomic
 from cvm_translator.training.judges import Deploy
 from cvm_translator.training.objectives import find_real_targets
+from cvm_translator.training.setup import leave_as_it_is
 from cvm_translator.training.widths import UNROUNDED_BITS, WidthCourse
 
 CALIBRATION_BATCH = 32
@@ -39,7 +40,7 @@ CALIBRATION_STREAM = 4
 def build_course(config: RunConfig) -> WidthCourse:
     """The bit widths that training passes through; one that knows nothing of rounding where it is rounded later."""
     settings = config.quantization
-    if settings.method not in ("qat", "progressive"):
+    if settings.method not in TRAINED_METHODS:
         return WidthCourse((settings.bits,), first_step=config.distillation.num_iterations + 1)
     first_step = int(settings.start_fraction * config.distillation.num_iterations) + 1
     return WidthCourse(settings.width_schedule, first_step)
@@ -54,13 +55,15 @@ def build_quantizer(settings: QuantizationConfig, bits: int) -> AdvancedQuantize
 
 def build_prepare(settings: QuantizationConfig) -> Callable[[CvmTransformer, int], object]:
     """Makes a model's forward pass round as the deployed one will at some width; at UNROUNDED_BITS not at all."""
-    quantizers = {bits: build_quantizer(settings, bits) for bits in settings.width_schedule if bits != UNROUNDED_BITS}
+    if settings.method not in TRAINED_METHODS:
+        return leave_as_it_is
+    quantizer = build_quantizer(settings, settings.bits)
 
     def prepare(model: CvmTransformer, bits: int) -> None:
         if bits == UNROUNDED_BITS:
             model.set_fake_quantization(False)
         else:
-            quantizers[bits].prepare(model)
+            quantizer.prepare(model, bits=bits)
 
     return prepare
 
@@ -102,7 +105,7 @@ def name_format(settings: QuantizationConfig, bits: int) -> str | None:
 
 
 class Calibration:
-    """A fixed choice of training sentences, which runs through models teacher-forced; built at its first use."""
+    """A fixed choice of training sentences, which runs through models teacher-forced."""
 
     def __init__(self, dataset: DistillationDataset, num_sentences: int, seed: int) -> None:
         chosen = np.random.default_rng([seed, CALIBRATION_STREAM]).permutation(len(dataset))[:num_sentences]

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from cvm_translator.config.schema import METHOD_BITS
+from cvm_translator.config.schema import METHOD_BITS, PROGRESSIVE_BITS, TRAINED_METHODS
 from cvm_translator.quantization.calibration import Calibrate
 from cvm_translator.quantization.convert import (
     check_plan,
@@ -51,10 +51,8 @@ class QuantizationType(enum.Enum):
 ALLOWED_BITS = {method: METHOD_BITS[method.value] for method in QuantizationType}
 """The bits that each method deploys in; none where the number of bits says nothing and is not looked at."""
 
-TRAINED = (QuantizationType.QAT, QuantizationType.PROGRESSIVE)
+TRAINED = tuple(QuantizationType(method) for method in TRAINED_METHODS)
 """Methods whose training sees the rounding."""
-PROGRESSIVE_BITS = (16, 8, 4)
-"""The steps of progressive training, down to the bits that it deploys in."""
 
 
 def check_method(method: str | QuantizationType, bits: int) -> QuantizationType:

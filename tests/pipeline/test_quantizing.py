@@ -128,3 +128,31 @@ def test_widths_fall_during_a_real_run(whole_run: Any, numbers: Any) -> None:
     delivered = report["deployed"]
     assert delivered in ("int8", "int4") and (folder / "student" / delivered / "model.safetensors").exists()
     assert report["models"][delivered]["num_bytes"] < report["models"]["float"]["num_bytes"] / 3
+
+
+@pytest.mark.parametrize(
+    ("quantization", "deployed"),
+    [
+        ({"method": "mixed", "target_compression_ratio": 4.5}, "mixed"),
+        ({"method": "static"}, "int8"),
+        ({"method": "weight_only", "bits": 4}, "int4"),
+    ],
+)
+def test_a_run_rounds_its_student_afterwards(
+    quantization: dict[str, Any], deployed: str, whole_run: Any, numbers: Any
+) -> None:
+    config = numbers.write_config(
+        f"after_{deployed}",
+        teacher={"kind": "checkpoint", "path": str(whole_run.folder / "teacher" / "model")},
+        student={"init": "teacher_layers"},
+        distillation={"num_iterations": 20, "warmup_steps": 5},
+        validation={"every_steps": 20},
+        quantization={"bits": 8, "start_fraction": 0.0} | quantization,
+    )
+    folder = numbers.folder / f"run_{deployed}_{quantization['method']}"
+    done = numbers.start_run(config, folder).finish()
+    assert done.exit_code in (0, 5), done.errors
+    report = json.loads((folder / "reports" / "final_report.json").read_text())
+    assert report["deployed"] == deployed
+    assert report["models"][deployed]["num_bytes"] < report["models"]["float"]["num_bytes"] / 2
+    assert (folder / "student" / "quantization_plan.yaml").exists() == (deployed == "mixed")
