@@ -6,7 +6,6 @@ with a 95 % interval and a two-sided p-value from one paired bootstrap with a fi
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import ModelError
 from cvm_translator.metrics import MetricOptions, build_metrics
 from cvm_translator.metrics.resampling import PairedComparison, paired_bootstrap, resampling_counts
-from cvm_translator.pipeline.measure import measure_folder
+from cvm_translator.pipeline.measure import measure_sentences
 
 COMPARED = ("bleu", "chrf", "ter")
 NUM_DRAWS = 2000
@@ -38,68 +37,34 @@ class FolderComparison:
     def bleu_loss(self) -> float:
         return -self.differences["bleu"].difference
 
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON-compatible data, without the hypotheses."""
-        figures = ("number_format", "num_bytes", "tokens_per_second", "peak_memory_mib", "baseline_memory_mib")
-        return {
-            "num_sentences": self.num_sentences,
-            "original": {name: self.original[name] for name in figures},
-            "reduced": {name: self.reduced[name] for name in figures},
-            "differences": {
-                name: {
-                    "original": item.score_a,
-                    "reduced": item.score_b,
-                    "difference": item.difference,
-                    "interval": list(item.interval),
-                    "p_value": item.p_value,
-                }
-                for name, item in self.differences.items()
-            },
-        }
 
-
-def compare_folders(
-    original: Path,
-    reduced: Path,
-    pairs: Sequence[Pair],
-    target_language: str,
-    *,
-    batch_size: int = 128,
-    num_threads: int = 1,
-    device: str = "cpu",
-) -> FolderComparison:
+def compare_folders(original: Path, reduced: Path, pairs: Sequence[Pair], target_language: str) -> FolderComparison:
     """Translate the sources with both model folders, one process each, and compare with the references."""
-    with tempfile.TemporaryDirectory() as folder:
-        sources = Path(folder) / "pairs.tsv"
-        sources.write_text("".join(f"{pair.source}\t{pair.target}\n" for pair in pairs), encoding="utf-8")
-        measured = [
-            measure_folder(
-                model,
-                {"pairs": sources},
-                Path(folder) / "measured.json",
-                beam_size=1,
-                batch_size=batch_size,
-                device=device,
-                num_threads=num_threads,
-            )
-            for model in (original, reduced)
-        ]
-    original_figures, reduced_figures = measured
-    differences = compare_hypotheses(pairs, measured, target_language)
-    return FolderComparison(len(pairs), original_figures, reduced_figures, differences)
+    sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
+    before, after = (measure_sentences(folder, sources) for folder in (original, reduced))
+    differences = compare_texts(before["hypotheses"], after["hypotheses"], sources, references, target_language)
+    return FolderComparison(len(pairs), before, after, differences)
 
 
-def compare_hypotheses(
-    pairs: Sequence[Pair], measured: Sequence[dict[str, Any]], target_language: str
+def compare_texts(
+    before: Sequence[str],
+    after: Sequence[str],
+    sources: Sequence[str],
+    references: Sequence[str],
+    target_language: str,
+    metrics: Sequence[str] = COMPARED,
 ) -> dict[str, PairedComparison]:
-    """Second minus first of two measurements of the set `pairs`, by metric."""
-    references, sources = [pair.target for pair in pairs], [pair.source for pair in pairs]
-    counts = resampling_counts(len(pairs), NUM_DRAWS, DRAWS_SEED)
-    compared = {}
-    for metric in build_metrics(COMPARED, MetricOptions(target_language=target_language)):
-        first, second = (metric.statistics(item["hypotheses"]["pairs"], references, sources) for item in measured)
-        compared[metric.name] = paired_bootstrap(metric, first, second, counts)
-    return compared
+    """After minus before, by metric, on the same sentences and under the same draws."""
+    counts = resampling_counts(len(references), NUM_DRAWS, DRAWS_SEED)
+    return {
+        metric.name: paired_bootstrap(
+            metric,
+            metric.statistics(before, references, sources),
+            metric.statistics(after, references, sources),
+            counts,
+        )
+        for metric in build_metrics(metrics, MetricOptions(target_language=target_language))
+    }
 
 
 def format_comparison(comparison: FolderComparison) -> str:

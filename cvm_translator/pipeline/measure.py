@@ -16,7 +16,9 @@ import argparse
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,33 @@ def measure_folder(
         raise ModelError(f"{model} could not be measured in a fresh process: {last[0].removeprefix('error: ')}")
     result: dict[str, Any] = atomic.read_json(output)
     return result
+
+
+def measure_sentences(
+    model: Path,
+    sources: Sequence[str],
+    *,
+    beam_size: int = 1,
+    batch_size: int = 128,
+    device: str = "cpu",
+    num_threads: int = 1,
+    runtime: str = "native",
+) -> dict[str, Any]:
+    """`measure_folder` on sentences that lie in no file; `hypotheses` is the list of their translations."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "sources.tsv"
+        path.write_text("".join(f"{source}\t\n" for source in sources), encoding="utf-8")
+        result = measure_folder(
+            model,
+            {"sentences": path},
+            Path(scratch) / "measured.json",
+            beam_size=beam_size,
+            batch_size=batch_size,
+            device=device,
+            num_threads=num_threads,
+            runtime=runtime,
+        )
+    return result | {"hypotheses": result["hypotheses"]["sentences"]}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from cvm_translator.corpus.records import BadRow, Pair
 from cvm_translator.errors import CorpusError
 from cvm_translator.models.description import load_model_config
 from cvm_translator.models.folder import find_model_folder
-from cvm_translator.pipeline.measure import measure_folder
+from cvm_translator.pipeline.measure import measure_sentences
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.training.device import build_device, configure_threads
 from cvm_translator.validation import TranslationQualityEvaluator, ValidationConfig
@@ -37,26 +36,21 @@ def validate_model(path: Path, test: Path | None = None, device: str = "auto") -
     described = load_model_config(model)
     resolved = build_device(device)
     configure_threads(None, resolved, deterministic=False)
-    with tempfile.TemporaryDirectory() as folder:
-        sources = Path(folder) / "pairs.tsv"
-        sources.write_text("".join(f"{pair.source}\t{pair.target}\n" for pair in pairs), encoding="utf-8")
-        measured = measure_folder(
-            model,
-            {"test": sources},
-            Path(folder) / "measured.json",
-            beam_size=settings.beam_size,
-            batch_size=settings.batch_size,
-            device=str(resolved),
-            num_threads=torch.get_num_threads(),
-        )
+    sources = [pair.source for pair in pairs]
+    measured = measure_sentences(
+        model,
+        sources,
+        beam_size=settings.beam_size,
+        batch_size=settings.batch_size,
+        device=str(resolved),
+        num_threads=torch.get_num_threads(),
+    )
     evaluator = TranslationQualityEvaluator(
         ValidationConfig(
             settings, GuardConfig(), described["source_language"], described["target_language"], device=str(resolved)
         )
     )
-    measurement = evaluator.evaluate(
-        [pair.source for pair in pairs], measured["hypotheses"]["test"], [pair.target for pair in pairs]
-    )
+    measurement = evaluator.evaluate(sources, measured["hypotheses"], [pair.target for pair in pairs])
     return {
         "model": str(model),
         "test": str(test or layout.corpus / "test.tsv"),

@@ -9,19 +9,16 @@ least 75 % of the sentences must be identical, which catches a broken export and
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cvm_translator.errors import ModelError
-from cvm_translator.metrics import MetricOptions, build_metrics
-from cvm_translator.metrics.resampling import paired_bootstrap, resampling_counts
+from cvm_translator.pipeline.comparison import compare_texts
 from cvm_translator.pipeline.export.sentences import Sentences
-from cvm_translator.pipeline.measure import measure_folder
+from cvm_translator.pipeline.measure import measure_sentences
 
 MIN_AGREEMENT = {"float32": 0.98, "int8": 0.75}
-NUM_DRAWS, DRAWS_SEED = 2_000, 13
 BATCH_SIZE = 32
 
 
@@ -86,34 +83,21 @@ def verify_export(
 ) -> Verification:
     """Compare an export with the native model in the same number format, and its BLEU with that of `baseline` (the
     float model, where there is one); raises ModelError if it is not the same model or loses too much."""
-    with tempfile.TemporaryDirectory() as scratch:
-        pairs = Path(scratch) / "pairs.tsv"
-        references = sentences.references or [""] * len(sentences.sources)
-        rows = zip(sentences.sources, references, strict=True)
-        pairs.write_text("".join(f"{source}\t{reference}\n" for source, reference in rows), encoding="utf-8")
 
-        def measure(folder: Path, name: str) -> dict[str, Any]:
-            output = Path(scratch) / "measured.json"
-            return measure_folder(
-                folder,
-                {"sentences": pairs},
-                output,
-                beam_size=1,
-                batch_size=BATCH_SIZE,
-                device="cpu",
-                num_threads=1,
-                runtime=name,
-            )
+    def measure(folder: Path, name: str) -> dict[str, Any]:
+        return measure_sentences(folder, sentences.sources, batch_size=BATCH_SIZE, runtime=name)
 
-        theirs, ours = measure(exported, runtime), measure(native, "native")
-        before = ours if baseline == native else measure(baseline, "native")
-    their_texts, our_texts = theirs["hypotheses"]["sentences"], ours["hypotheses"]["sentences"]
+    theirs, ours = measure(exported, runtime), measure(native, "native")
+    before = ours if baseline == native else measure(baseline, "native")
+    their_texts, our_texts = theirs["hypotheses"], ours["hypotheses"]
     # blanks at the ends are left out: MarianTokenizer drops them
     num_same = sum(their.strip() == our.strip() for their, our in zip(their_texts, our_texts, strict=True))
     change = None
     if sentences.references is not None:
-        before_texts = before["hypotheses"]["sentences"]
-        change = _compare_bleu(before_texts, their_texts, sentences.references, target_language)
+        compared = compare_texts(
+            before["hypotheses"], their_texts, sentences.sources, sentences.references, target_language, ["bleu"]
+        )["bleu"]
+        change = BleuChange(compared.score_a, compared.score_b, compared.difference, *compared.interval)
     verification = Verification(
         sentences.origin,
         len(our_texts),
@@ -128,13 +112,6 @@ def verify_export(
     )
     _check(verification, number_format, len(our_texts) - num_same, max_drop)
     return verification
-
-
-def _compare_bleu(before: list[str], after: list[str], references: list[str], target_language: str) -> BleuChange:
-    (bleu,) = build_metrics(["bleu"], MetricOptions(target_language=target_language))
-    counts = resampling_counts(len(before), NUM_DRAWS, DRAWS_SEED)
-    compared = paired_bootstrap(bleu, bleu.statistics(before, references), bleu.statistics(after, references), counts)
-    return BleuChange(compared.score_a, compared.score_b, compared.difference, *compared.interval)
 
 
 def _check(verification: Verification, number_format: str, num_different: int, max_drop: float) -> None:
