@@ -14,10 +14,12 @@ inputs and 1,024 outputs on one Zen 5 core, torch 2.13:
     dequantised, float32                   202   250   371   545   851  1505
     float32 weights, kept                   29    76   195   354   674  1338
 
-Steps of `four_bit_grid` are bfloat16 numbers, so the error of both ways is that of rounding inputs, outputs and (above
-`FAST_ROWS`) weights to 8 significant bits, and on asymmetric grids offsets O = (8 − zero) × step:
+Steps of `four_bit_grid` are bfloat16 numbers, so the error of the operator is that of rounding inputs and outputs to 8
+significant bits, each by 2⁻⁸ of itself at most, and on asymmetric grids offsets O = (8 − zero) × step; above
+`FAST_ROWS` weights are rounded instead of offsets:
 
-    |y_fast − y| ≤ 2⁻⁸ · (|x| · |W|ᵀ + |y|) + 2⁻⁹ · |x| · |O|ᵀ        elementwise; in practice 0.3 % of the largest
+    |y_fast − y| ≤ 2⁻⁸ · (|x| · (|W| + |O|)ᵀ + |y|)       elementwise; in practice 0.3 % of the largest
+    |y_fast − y| ≤ 2⁻⁸ · (|x| · 2 |W|ᵀ + |y|)             above `FAST_ROWS`
 
 Where the processor has no bfloat16 instructions, many rows are multiplied in float32.
 
