@@ -30,8 +30,9 @@ $(STAMP): requirements.lock pyproject.toml
 distill: $(STAMP)
 	$(BIN)/cvm-translator run configs/quickstart.yaml
 
+# A process a core, up to 4: each holds PyTorch. A file's tests stay together, for the models that they share.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
