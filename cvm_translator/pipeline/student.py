@@ -28,6 +28,7 @@ from cvm_translator.pipeline.parts import (
     build_store,
     build_translate,
     build_validator,
+    cut_for_memory,
 )
 from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
 from cvm_translator.pipeline.teacher import Teacher
@@ -96,7 +97,7 @@ def _run_loop(
     loop = TrainingLoop(
         LoopSetup(
             stage="distil",
-            settings=settings,
+            settings=cut_for_memory(context, "distil", settings),
             guard=config.guard,
             model=student,
             objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),
@@ -114,6 +115,7 @@ def _run_loop(
                 build_deploy(config.quantization, calibration),
             ),
             stop=context.stop,
+            heartbeat=context.heartbeat,
             device=context.device,
             num_threads=context.config.num_threads,
             validate_every_steps=config.validation.every_steps,
@@ -154,9 +156,7 @@ def obtain_teacher_states(context: RunContext, teacher: Teacher, dataset: Distil
         )
         return None
     start = time.monotonic()
-    states, was_there = obtain_states(
-        teacher.model, teacher.sha256, dataset, states_directory(context), context.stop.raise_if_requested
-    )
+    states, was_there = obtain_states(teacher.model, teacher.sha256, dataset, states_directory(context), context.go_on)
     how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"
     context.note(f"teacher states of {len(dataset):,} pairs, {size_mib:,.0f} MiB: {how}")
     return states

@@ -42,13 +42,16 @@ class ValidationJudge:
         tokenizer: Tokenizer,
         deploy: Deploy,
         held_out: DistillationDataset,
+        beat: Callable[[], object] | None = None,
     ) -> None:
+        """`beat` is called before each batch that is decoded."""
         self.stage = stage
         self.events = events
         self.validator = validator
         self.tokenizer = tokenizer
         self.deploy = deploy
         self.held_out = held_out
+        self.beat = beat
 
     def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
         start = time.monotonic()
@@ -57,7 +60,12 @@ class ValidationJudge:
 
         def translate(sources: list[str]) -> list[str]:
             return translate_texts(
-                deployed, self.tokenizer, sources, beam_size=settings.beam_size, batch_size=settings.batch_size
+                deployed,
+                self.tokenizer,
+                sources,
+                beam_size=settings.beam_size,
+                batch_size=settings.batch_size,
+                on_batch=self.beat,
             )
 
         perplexity = compute_perplexity(deployed, self.held_out, settings.batch_size)

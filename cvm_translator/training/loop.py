@@ -54,6 +54,7 @@ class TrainingLoop:
             self._save()
         while self.state.step < setup.settings.num_iterations and self.state.halted is None:
             # ------------------------------------------------------------------------------------------- training step
+            setup.heartbeat.beat("step", stage=setup.stage, step=self.state.step, attempt=self.state.attempt)
             result = self._step()
             # ---------------------------------------------------------------- once in a while: validate and judge, save
             if result.rejected is not None:
@@ -144,6 +145,7 @@ class TrainingLoop:
     def _validate(self) -> None:
         """Validate, judge, and keep, roll back or halt."""
         setup, state = self.setup, self.state
+        setup.heartbeat.beat("validation")
         self.progress.report(state)
         bits = setup.widths.widths[state.width_index]
         judgement = setup.judge.judge(state, self.validated_model(), bits)
@@ -271,6 +273,7 @@ class TrainingLoop:
 
     def _save(self) -> None:
         setup, state = self.setup, self.state
+        setup.heartbeat.beat("save")
         # Events first: a step that a checkpoint covers is not replayed, so its loss must not die with the process.
         setup.events.flush(sync=True)
         is_best = state.best_checkpoint == checkpoint_name(state.step, state.attempt)
