@@ -177,6 +177,17 @@ def test_a_stop_request_saves_at_the_steps_end(at_step: int, bench: Any) -> None
     assert bench.losses() == bench.losses("whole")
 
 
+def test_other_micro_batches_are_announced_once(bench: Any) -> None:
+    """As after a death for want of memory: no config has changed, the effective batch and its gradient are the same."""
+    bench.run(num_iterations=6)
+    for _ in range(2):
+        bench.build(num_iterations=9, grad_accum_steps=2).run()
+        bench.loops[-1].setup.events.flush()
+    first, second = bench.events("resumed")
+    assert (first["exact"], first["differences"]) == (False, ["grad_accum_steps: was 1, is 2"])
+    assert (second["exact"], second["differences"]) == (True, [])
+
+
 # -------------------------------------------------------------------------------------------- damage and full disks
 
 
