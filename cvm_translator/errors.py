@@ -55,16 +55,17 @@ class MissingDependencyError(CvmError):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and has saved its state.
+    """The run was asked to stop and has saved its state, or could not (`is_saved`).
 
     No `Exception`, as KeyboardInterrupt is none: a handler of a part's errors must not take it for one.
 
     `signal_number` is the signal that asked (2 or 15); the exit code is 128 + signal_number.
     """
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, *, is_saved: bool = True) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.signal_number = signal_number
+        self.is_saved = is_saved
 
     @property
     def exit_code(self) -> int:

@@ -27,6 +27,7 @@ class Patience:
     first_step: float = 600.0
     """Until a step has been seen: the first one may compile, or read cold files."""
     paused: float = 60.0
+    waiting: float = 60.0
     validation: float = 1800.0
     """Beats come with each decoded batch; scoring comes after the last of them."""
     save: float = 1800.0
@@ -108,6 +109,5 @@ class Pulse:
         if self.beat.phase in ("begun", "stage"):
             return f"in stage {self.beat.stage}" if self.beat.stage else "at its beginning"
         where = f"{self.beat.stage} step {self.beat.step}"
-        return {"step": f"at {where}", "paused": f"paused at {where}"}.get(
-            self.beat.phase, f"in the {self.beat.phase} at {where}"
-        )
+        names = {"step": "at", "paused": "paused at", "waiting": "waiting for room on the disk at"}
+        return f"{names.get(self.beat.phase, f'in the {self.beat.phase} at')} {where}"

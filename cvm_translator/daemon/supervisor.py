@@ -9,6 +9,7 @@ Guarantees
   error told to the user. A trainer that ends before its run has begun for the first time is not started again either.
 - A trainer that hangs (see `pulse`) gets SIGTERM, after 30 seconds SIGKILL, and is started again.
 - One that ran out of memory in a training step is started again with twice as many micro-batches (see `memory`).
+- A run that was paused when its trainer crashed is paused again.
 - SIGTERM and SIGINT are passed on, each as often as it came; after one of them nothing is started again.
 - The trainer holds the run's lock. The supervisor holds `supervisor.lock`, and takes the run's own only for the moment
   in which it adds a line to the events of a run whose trainer is dead.
@@ -42,6 +43,7 @@ from cvm_translator.errors import (
     CvmError,
     RunFolderError,
 )
+from cvm_translator.runs.control import submit
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import ENVIRONMENT, Beat
 from cvm_translator.runs.layout import RunLayout
@@ -229,6 +231,10 @@ class Supervisor:
                 change = halve_micro_batches(self._layout, ending.last_beat)
             except (CvmError, OSError) as error:
                 change = f"micro-batches stay as they are: {error}"
+        if ending.last_beat and ending.last_beat.phase == "paused":
+            # Whoever paused the run has not asked it to continue.
+            with contextlib.suppress(OSError):
+                submit(self._layout.control, "pause")
         message = f"{reason}; it is started again in {delay:.0f} s" + (f"; {change}" if change else "")
         self._notifier.send(f"STATUS={message}")
         _print(message)

@@ -13,6 +13,7 @@ import torch
 
 from cvm_translator.config import RunConfig
 from cvm_translator.runs import atomic
+from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.runs.layout import RunLayout
@@ -28,9 +29,11 @@ class RunContext:
     events: EventWriter
     stop: StopRequest
     device: torch.device
-    heartbeat: Heartbeat
     show: Callable[[str], None]
     """Shows a line of text in the log and to whoever watches."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    control: ControlFile | None = None
+    """What observers ask for, if anybody can."""
 
     def warn(self, code: str, message: str) -> None:
         self.events.write("warning", code=code, message=message)

@@ -12,7 +12,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from cvm_translator.pipeline.student import distil
 from cvm_translator.pipeline.teacher import check_given_teacher, obtain_teacher
 from cvm_translator.pipeline.text import build_corpus, build_tokenizer
 from cvm_translator.runs import atomic
+from cvm_translator.runs.control import ControlFile, Request
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.runs.layout import RunLayout
@@ -96,6 +97,8 @@ class ModelDistiller:
         num_threads = self.config.num_threads or self._recorded_num_threads()
         configure_threads(num_threads, device, deterministic=self.config.deterministic)
         run_id = self._write_environment(describe_environment(device))
+        control = ControlFile(self.layout.control)
+        stale = control.begin(self.layout.events, is_restart=self._heartbeat.num_restarts > 0)
         events = EventWriter(self.layout.events)
         self._listeners: list[Any] = [TextLog(self.layout.train_log)]
         if self.config.tensorboard:
@@ -113,7 +116,8 @@ class ModelDistiller:
             config_sha256=atomic.sha256_file(self.layout.config),
         )
         self._heartbeat.beat("begun")
-        return RunContext(self.config, self.layout, events, stop, device, self._heartbeat, self._show)
+        _decline(events, stale, "stale", "it was asked for before this start")
+        return RunContext(self.config, self.layout, events, stop, device, self._show, self._heartbeat, control)
 
     def _claim_folder(self) -> None:
         """Write the config into a new folder; refuse a folder in which another config has trained something.
@@ -156,6 +160,8 @@ class ModelDistiller:
 
     def _finish(self, context: RunContext, report: dict[str, Any]) -> dict[str, Any]:
         passed = report["gate"]["passed"]
+        if context.control is not None:
+            _decline(context.events, context.control.poll(), "late", "the training is over")
         report["exit_code"] = EXIT_OK if passed else EXIT_GATE_FAILED
         for failure in report["gate"]["failures"]:
             context.warn("gate_failed", f"gate: {failure}")
@@ -168,6 +174,7 @@ class ModelDistiller:
             executed_steps=report["executed_steps"],
             seconds=time.monotonic() - self._start,
         )
+        context.events.flush()
         context.note(describe_outcome(report))
         context.note(f"report: {context.layout.reports / 'comparison_report.html'}")
         return report
@@ -181,6 +188,12 @@ class ModelDistiller:
             context.events.close()
         for listener in self._listeners:
             listener.close()
+
+
+def _decline(events: EventWriter, requests: Iterable[Request], result: str, message: str) -> None:
+    """Answer requests that are not obeyed."""
+    for request in requests:
+        events.write("control", id=request.id, action=request.action, result=result, message=message)
 
 
 @contextlib.contextmanager

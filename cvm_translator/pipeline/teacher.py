@@ -166,6 +166,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, deploy_as_it_is),
             stop=context.stop,
             heartbeat=context.heartbeat,
+            control=context.control,
             device=context.device,
             num_threads=context.config.num_threads,
             validate_every_steps=config.training.validate_every_steps,

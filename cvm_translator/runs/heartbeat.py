@@ -20,8 +20,9 @@ from dataclasses import dataclass
 ENVIRONMENT = "CVM_TRANSLATOR_SUPERVISOR"
 """Set by the supervisor for its trainer: the pipe's descriptor and how often the trainer was restarted, as `7:0`."""
 
-PHASES = ("begun", "stage", "step", "validation", "save", "paused")
-"""What a beat says is being done from now on. begun: the lock is held and `run_started` is written."""
+PHASES = ("begun", "stage", "step", "validation", "save", "paused", "waiting")
+"""What a beat says is being done from now on. begun: the lock is held and `run_started` is written; paused: as somebody
+asked; waiting: for room on the disk."""
 
 _PR_SET_PDEATHSIG = 1
 

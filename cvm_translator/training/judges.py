@@ -22,6 +22,7 @@ from cvm_translator.runs.events import EventWriter
 from cvm_translator.training.guard import Judgement
 from cvm_translator.training.objectives import find_real_targets
 from cvm_translator.training.state import LoopState
+from cvm_translator.validation.result import ValidationResult
 from cvm_translator.validation.validator import DistillationValidator
 
 Deploy = Callable[[CvmTransformer, int], CvmTransformer]
@@ -54,6 +55,31 @@ class ValidationJudge:
         self.beat = beat
 
     def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
+        result = self._validate(state, model, bits, self.validator.validate, is_asked=False)
+        verdict = result.verdict
+        if verdict.is_new_best:
+            self.validator.write_best_report(result)
+        if verdict.verdict == "no_decision":
+            self._warn(state, "no_decision", f"no decision on the validation at step {state.step}: {verdict.reason}")
+        elif verdict.verdict == "warning":
+            self._warn(state, "quality_drop", f"quality at step {state.step} {verdict.reason}")
+        figures = verdict.to_json()
+        for name in ("verdict", "reason", "best_step"):
+            del figures[name]
+        assert result.measurement is not None
+        is_held = verdict.verdict in SOUND and self.validator.is_held(result.measurement)
+        return Judgement(
+            verdict.verdict, verdict.is_new_best, verdict.asks_for_rollback, verdict.reason, figures, is_held
+        )
+
+    def observe(self, state: LoopState, model: CvmTransformer, bits: int) -> None:
+        """Validate for the record: nothing of it is remembered."""
+        self._validate(state, model, bits, self.validator.observe, is_asked=True)
+
+    def _validate(
+        self, state: LoopState, model: CvmTransformer, bits: int, validate: Any, *, is_asked: bool
+    ) -> ValidationResult:
+        """Deploy, let `validate` measure, and tell the scores."""
         start = time.monotonic()
         deployed = self.deploy(model, bits)
         settings = self.validator.config.settings
@@ -70,10 +96,7 @@ class ValidationJudge:
 
         perplexity = compute_perplexity(deployed, self.held_out, settings.batch_size)
         extra = {} if perplexity is None else {"perplexity": perplexity}
-        result = self.validator.validate(state.step, state.attempt, translate, extra)
-        verdict = result.verdict
-        if verdict.is_new_best:
-            self.validator.write_best_report(result)
+        result: ValidationResult = validate(state.step, state.attempt, translate, extra)
         self.events.write(
             "validation",
             step=state.step,
@@ -85,20 +108,10 @@ class ValidationJudge:
             retentions=result.retentions,
             probes=result.probes,
             decode_tokens_per_second=result.decode_tokens_per_second,
+            asked=is_asked,
             seconds=time.monotonic() - start,
         )
-        if verdict.verdict == "no_decision":
-            self._warn(state, "no_decision", f"no decision on the validation at step {state.step}: {verdict.reason}")
-        elif verdict.verdict == "warning":
-            self._warn(state, "quality_drop", f"quality at step {state.step} {verdict.reason}")
-        figures = verdict.to_json()
-        for name in ("verdict", "reason", "best_step"):
-            del figures[name]
-        assert result.measurement is not None
-        is_held = verdict.verdict in SOUND and self.validator.is_held(result.measurement)
-        return Judgement(
-            verdict.verdict, verdict.is_new_best, verdict.asks_for_rollback, verdict.reason, figures, is_held
-        )
+        return result
 
     def start_width(self) -> None:
         self.validator.start_width()

@@ -12,6 +12,7 @@ from cvm_translator.config.schema import FaultInjection, GuardConfig, TrainingCo
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.training.guard import Judge
@@ -48,6 +49,8 @@ class LoopSetup:
     prepare: Callable[[CvmTransformer, int], object] = leave_as_it_is
     """Makes the model's forward pass round to so many bits (UNROUNDED_BITS: not at all)."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    control: ControlFile | None = None
+    """What observers ask for, if anybody can."""
     faults: list[FaultInjection] | None = None
     num_threads: int | None = None
     """The thread count that the config asks for, if it asks for one."""

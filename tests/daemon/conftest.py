@@ -57,6 +57,9 @@ try:
             if step == 4:
                 if act.startswith("exit"):
                     sys.exit(int(act[4:]))
+                if act == "paused":
+                    heartbeat.beat("paused")
+                    os.kill(os.getpid(), 9)
                 if act.startswith("kill"):
                     os.kill(os.getpid(), int(act[4:]))
                 while act == "hang" and not asked:

@@ -13,6 +13,7 @@ import pytest
 
 from cvm_translator.daemon.memory import count_oom_kills, has_grown
 from cvm_translator.errors import RunFolderError
+from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.lock import RunLock, read_holder
 from cvm_translator.runs.micro_batches import read_factors
 
@@ -97,6 +98,12 @@ def test_a_folder_that_somebody_else_took_over_is_left_alone(supervised: Any) ->
         thread.join()
         lock.release()
     assert supervised.events("failed") == []
+
+
+def test_a_run_that_was_paused_is_paused_again(supervised: Any) -> None:
+    assert supervised.supervise("paused,exit0") == 0
+    assert [request.action for request in ControlFile(supervised.layout.control).poll()] == ["pause"]
+    assert "paused at distil step 3" in supervised.restarts()[0]["reason"]
 
 
 # -------------------------------------------------------------------------------------------------------------- hangs
