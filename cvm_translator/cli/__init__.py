@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_code: int = options.command(options)
         sys.stdout.flush()
     except Stopped as stopped:
-        tell(f"stopped by {signal.Signals(stopped.signal_number).name}: everything is saved")
+        saved = "everything is saved" if stopped.is_saved else "the steps since the last checkpoint will be repeated"
+        tell(f"stopped by {signal.Signals(stopped.signal_number).name}: {saved}")
         return stopped.exit_code
     except KeyboardInterrupt:
         tell("interrupted")

@@ -9,6 +9,7 @@ from typing import Any
 
 from cvm_translator import __version__
 from cvm_translator.cli import models, running
+from cvm_translator.runs.control import ACTIONS
 
 Options = argparse.Namespace
 
@@ -77,7 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     stop = add("stop", running.stop, "let a background run save and leave")
     resume = add("resume", running.resume, "carry on a run exactly where it was")
     monitor = add("monitor", running.monitor, "watch a run, alert, and write status reports")
-    for command in (status, stop, resume, monitor):
+    control = add("control", running.control, "ask a run for something at the end of its step")
+    control.add_argument("action", choices=ACTIONS, metavar="ACTION", help=", ".join(ACTIONS))
+    control.add_argument(
+        "--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="how long to wait for the answer (default 60)"
+    )
+    for command in (status, stop, resume, monitor, control):
         command.add_argument("run_dir", type=Path, nargs="?", default=DEFAULT_RUN_DIR, metavar="RUN_DIR")
     stop.add_argument(
         "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="how long to wait (default 120)"
@@ -92,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     monitor.add_argument("--refresh", type=_seconds, default=1.0, metavar="SECONDS", help="look at the files so often")
 
+    unit = add("service-unit", running.service_unit, "print a systemd unit that keeps a run going")
+    _add_config(unit, has_progress=False, metavar="CONFIG|RUN_DIR")
     report = add("report", models.report, "write the comparison report of a run again")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     validate = add("validate", models.validate, "score a model on a test set")
@@ -173,8 +181,8 @@ def _add_export_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_config(command: argparse.ArgumentParser, *, has_progress: bool) -> None:
-    command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see configs/")
+def _add_config(command: argparse.ArgumentParser, *, has_progress: bool, metavar: str = "CONFIG") -> None:
+    command.add_argument("config", type=Path, metavar=metavar, help="YAML file; see configs/")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable"
     )

@@ -56,6 +56,20 @@ def stop(options: Options) -> int:
     return EXIT_OK
 
 
+def control(options: Options) -> int:
+    from cvm_translator.daemon.requests import ask
+
+    print(ask(options.run_dir, options.action, options.timeout))
+    return EXIT_OK
+
+
+def service_unit(options: Options) -> int:
+    from cvm_translator.daemon.unit import write_unit
+
+    print(write_unit(options.config, options.set, options.output_dir), end="")
+    return EXIT_OK
+
+
 def resume(options: Options) -> int:
     from cvm_translator.config import load_config
     from cvm_translator.daemon import resume
