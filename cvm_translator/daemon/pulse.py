@@ -33,8 +33,9 @@ class Patience:
     save: float = 1800.0
     begun: float = 600.0
     """From the start of the process to its run_started event: libraries are imported."""
-    stage: float = 7200.0
-    """All other work of a stage: downloads, cleaning, the gate's translations in other processes, the report."""
+    stage: float = 21600.0
+    """All other work of a stage, which beats only now and then: downloads, cleaning, the gate's translations in other
+    processes, the report. Better late than to end a large corpus again and again."""
 
 
 class Pulse:
