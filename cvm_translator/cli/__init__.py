@@ -27,7 +27,7 @@ from cvm_translator.errors import (
 )
 from cvm_translator.runs.heartbeat import is_supervised
 
-__all__ = ["MAX_LINE_BYTES", "build_parser", "main", "translate_stream"]
+__all__ = ["MAX_LINE_BYTES", "build_parser", "find_exit_code", "main", "translate_stream"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

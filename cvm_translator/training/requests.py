@@ -88,8 +88,11 @@ def _validate(loop: TrainingLoop, request: Request) -> None:
     random = capture_random_state()
     try:
         setup.judge.observe(state, loop.validated_model(), setup.widths.widths[state.width_index])
-    except OSError as error:  # a record that nobody needs to go on
-        _answer(loop, request, "failed", f"the validation could not be kept: {error}")
+    except Exception as error:
+        # Answered also where it ends the trainer: the next one must not run into the same again.
+        _answer(loop, request, "failed", f"the validation failed: {error}")
+        if not isinstance(error, OSError):
+            raise
     else:
         _answer(loop, request, "done", f"step {state.step} is validated for the record")
     finally:

@@ -35,7 +35,9 @@ def teacher() -> Any:
 
 def make_context(root: Path, notes: list[str], **teacher: Any) -> Any:
     model = {"dim": DIM, "num_heads": 2}
-    config = DistillationConfig(distillation={"precision": "bfloat16"}, teacher={"model": model, **teacher})
+    config = DistillationConfig(
+        distillation={"precision": "bfloat16"}, teacher={"model": model, **teacher}, student={"model": model}
+    )
     layout = RunLayout(root)
     return SimpleNamespace(config=config, layout=layout, device=torch.device("cpu"), note=notes.append)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -59,12 +60,21 @@ def checkpoint(step: int) -> Callable[[dict[str, Any]], bool]:
 
 
 def test_a_supervised_run(numbers: Any, tmp_path: Path) -> None:
-    """The trainer is killed and started again; then its supervisor is killed, and it saves and leaves."""
+    """It obeys requests; the trainer is killed and started again; its supervisor is killed, and it saves and leaves."""
     folder = tmp_path / "run"
     config = numbers.write_config("supervised", teacher={"training": {"num_iterations": 20_000}})
     run = Background(numbers, folder, "start", config, "--output-dir", folder)
     try:
         run.wait_for(checkpoint(15))
+        # ------------------------------------------------------------------------------------------- asked for things
+        answers = {action: numbers.run("control", action, folder) for action in ("validate", "pause")}
+        assert [end.exit_code for end in answers.values()] == [0, 0], answers
+        assert "validated for the record" in answers["validate"].output
+        status = json.loads(numbers.run("status", folder, "--json").output)
+        assert (status["state"], status["supervisor_pid"], status["pid"]) == ("paused", run.supervisor, run.trainer)
+        assert numbers.run("control", "continue", folder).exit_code == 0
+        run.wait_for(checkpoint(status["step"] + 15))
+        # -------------------------------------------------------------------------------------------------- killed
         first = run.trainer
         assert first != run.supervisor
         os.kill(first, signal.SIGKILL)
@@ -82,6 +92,9 @@ def test_a_supervised_run(numbers: Any, tmp_path: Path) -> None:
         run.close()
     saved, executed = ([e["step"] for e in run.seen if e["kind"] == kind] for kind in ("checkpoint", "train"))
     assert saved[-1] == executed[-1]
+    asked = [e for e in run.seen if e["kind"] == "validation" and e["asked"]]
+    assert [e["stage"] for e in asked] == ["teacher"]
+    assert (folder / f"teacher/validation/asked/step_{asked[0]['step']}.json").exists()
     losses: dict[int, set[float]] = {}
     for event in run.seen:
         if event["kind"] == "train":

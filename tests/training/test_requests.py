@@ -134,6 +134,28 @@ def test_a_paused_run_can_be_stopped(bench: Any) -> None:
     assert bench.events("checkpoint")[-1]["step"] == 7
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(28, "No space left on device")])
+def test_a_validation_that_fails_is_answered_and_not_tried_again(error: Exception, bench: Any, expected: Any) -> None:
+    loop = bench.build()
+
+    def observe(*_: Any) -> None:
+        raise error
+
+    loop.setup.judge.observe = observe
+    ask_at(loop, 4, "validate")
+    if isinstance(error, OSError):
+        outcome = loop.run()
+    else:
+        with pytest.raises(RuntimeError):
+            loop.run()
+        loop = bench.build()
+        assert loop.setup.control.begin(bench.folder / "run/events.jsonl", is_restart=True) == []
+        outcome = loop.run()
+    loop.setup.events.flush()
+    assert (bench.losses(), outcome.state) == expected
+    assert [e["result"] for e in bench.events("control")] == ["failed"]
+
+
 def test_an_unknown_action_is_answered(bench: Any, expected: Any) -> None:
     loop = bench.build()
     ask_at(loop, 3, "explode")
