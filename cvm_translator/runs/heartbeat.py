@@ -9,7 +9,6 @@ kernel sends SIGHUP at once. Where nobody supervises, a beat does nothing.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import stat
@@ -71,6 +70,8 @@ class Heartbeat:
         os.set_inheritable(descriptor, False)
         os.set_blocking(descriptor, False)
         if sys.platform == "linux":
+            import ctypes  # by a supervised trainer alone: `status` has no use for it
+
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
         return cls(descriptor, num_restarts)
