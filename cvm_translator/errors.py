@@ -16,6 +16,10 @@ EXIT_NOT_RUNNING = 3
 EXIT_FAILED = 4
 EXIT_GATE_FAILED = 5
 
+# What a supervised trainer tells its supervisor; nobody else sees them.
+EXIT_CRASHED = 70
+EXIT_OUT_OF_MEMORY = 71
+
 
 class CvmError(ValueError):
     """An error that the user can mend; its text is one line."""
@@ -51,20 +55,29 @@ class MissingDependencyError(CvmError):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and has saved its state.
+    """The run was asked to stop and has saved its state, or could not (`is_saved`).
 
     No `Exception`, as KeyboardInterrupt is none: a handler of a part's errors must not take it for one.
 
     `signal_number` is the signal that asked (2 or 15); the exit code is 128 + signal_number.
     """
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, *, is_saved: bool = True) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.signal_number = signal_number
+        self.is_saved = is_saved
 
     @property
     def exit_code(self) -> int:
         return 128 + self.signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the process or its device has no memory left, whichever library says so."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def import_optional(module: str, extra: str) -> ModuleType:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cvm_translator.cli import MAX_LINE_BYTES, main, translate_stream
+from cvm_translator.cli import MAX_LINE_BYTES, find_exit_code, main, translate_stream
 from cvm_translator.config import load_config
-from cvm_translator.errors import CvmError
+from cvm_translator.errors import EXIT_CRASHED, EXIT_OUT_OF_MEMORY, CvmError, RunFolderError
 from cvm_translator.pipeline.text import prepare_corpus
 from cvm_translator.runs.lock import RunLock
 
@@ -126,6 +126,31 @@ def test_debug_adds_the_traceback_before_or_after_the_command(capsys: pytest.Cap
         error = capsys.readouterr().err
         assert "Traceback" in error
         assert error.splitlines()[-1].startswith("error: missing.yaml")
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "supervised_exit_code"),
+    [
+        (CvmError("wrong"), 1, 1),
+        (RunFolderError("in use"), 1, 1),
+        (KeyError("x"), 1, EXIT_CRASHED),
+        (OSError(5, "Input/output error", "file"), 1, EXIT_CRASHED),
+        (RuntimeError("shapes differ"), 1, EXIT_CRASHED),
+        (MemoryError(), 1, EXIT_OUT_OF_MEMORY),
+        (OutOfMemoryError("CUDA"), 1, EXIT_OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: out of memory"), 1, EXIT_OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, EXIT_OUT_OF_MEMORY),
+    ],
+)
+def test_only_a_supervisor_is_told_what_a_restart_may_mend(
+    error: Exception, exit_code: int, supervised_exit_code: int
+) -> None:
+    assert find_exit_code(error, has_supervisor=False) == exit_code
+    assert find_exit_code(error, has_supervisor=True) == supervised_exit_code
 
 
 def test_an_unreadable_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ The uninterrupted run is kept and reused; the killed one begins anew. The progra
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -120,11 +121,13 @@ class KilledRun:
             time.sleep(_POLL_SECONDS)
 
     def kill(self, pid: int) -> None:
-        """SIGKILL the holder of the run's lock, and wait until the lock is free."""
-        holder = read_holder(self.arm.layout.lock)
-        if holder is None or holder.get("pid") != pid:
-            raise BenchmarkError(f"process {pid} no longer holds {self.arm.folder}: see {self.arm.layout.logs}")
+        """SIGKILL the supervisor, which would start another trainer, and the trainer; wait until the lock is free."""
+        supervisor, holder = read_holder(self.arm.layout.supervisor_lock), read_holder(self.arm.layout.lock)
+        if holder is None or supervisor is None or supervisor.get("pid") != pid:
+            raise BenchmarkError(f"process {pid} no longer keeps {self.arm.folder}: see {self.arm.layout.logs}")
         os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(holder["pid"]), signal.SIGKILL)
         while self.is_running():
             time.sleep(_POLL_SECONDS)
         self.follow()

@@ -1,5 +1,5 @@
-"""Runs in the background: start, stop, resume. Never imports torch. See `background`."""
+"""Runs in the background: start, stop, resume, and the supervisor that keeps them going. Never imports torch."""
 
-from cvm_translator.daemon.background import NotRunningError, StartError, resume, start, stop
+from cvm_translator.daemon.background import NotRunningError, StartError, resume, start, stop, supervise
 
-__all__ = ["NotRunningError", "StartError", "resume", "start", "stop"]
+__all__ = ["NotRunningError", "StartError", "resume", "start", "stop", "supervise"]

@@ -1,11 +1,13 @@
-"""Starting a run in a process of its own, and asking it to stop.
+"""Starting a supervised run in the background, and asking a run to stop.
 
-Guarantees: `start` and `resume` return only once the new process holds the run's lock and has written its first event;
-if it ends before that, its own one-line error and exit code are passed on. The process leads a session of its own, so
-closing the terminal does not end it; what it prints is appended to `logs/daemon.log`.
+Guarantees: `start` and `resume` return only once the trainer holds the run's lock and has written its first event; if
+it ends before that, its own one-line error and exit code are passed on. They begin a supervisor (see `supervisor`),
+whose process id they return, and which begins the trainer. It leads a session of its own, so closing the terminal does
+not end it; what both print is appended to `logs/daemon.log`.
 
-`stop` signals only the process that holds the lock now, on this host, and whose start time is the recorded one: a
-process id that was reused is never signalled. It returns when the lock is free, that is, when everything is saved.
+`stop` signals only the process that holds the supervisor's lock now, or the run's own where nobody supervises it, on
+this host, and whose start time is the recorded one: a process id that was reused is never signalled. It returns when
+both locks are free, that is, when everything is saved.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cvm_translator.daemon.notify import VARIABLES
+from cvm_translator.daemon.supervisor import Supervisor
 from cvm_translator.errors import EXIT_ERROR, EXIT_GATE_FAILED, EXIT_NOT_RUNNING, EXIT_OK, CvmError, RunFolderError
 from cvm_translator.runs.events import EventTail
 from cvm_translator.runs.layout import RunLayout
@@ -51,23 +55,44 @@ def daemon_log(run_dir: Path) -> Path:
 
 
 def start(config_path: Path, overrides: list[str], output_dir: Path | None = None) -> tuple[Path, int]:
-    """Run a config in the background; returns the run folder and the process id.
+    """Run a config in the background under a supervisor; returns the run folder and the supervisor's process id.
 
     The config is checked here first, so its errors appear at once. Raises CvmError.
     """
-    from cvm_translator.config import load_config
-
-    run_dir = Path(load_config(config_path, overrides, output_dir).output_dir).absolute()
-    options = [part for override in overrides for part in ("--set", override)]
-    command = [*PROGRAM, "run", str(config_path), *options, "--output-dir", str(run_dir), "--no-progress"]
-    return run_dir, launch(command, run_dir)
+    run_dir = _find_run_dir(config_path, overrides, output_dir)
+    return run_dir, launch([*PROGRAM, "start", "--foreground", *_options(config_path, overrides, run_dir)], run_dir)
 
 
 def resume(run_dir: Path) -> tuple[Path, int]:
-    """Carry on a run in the background from its own config.yaml; returns the run folder and the process id."""
+    """Carry on a run in the background from its own config.yaml; returns what `start` does."""
     require_run_folder(run_dir)
-    run_dir = run_dir.absolute()
-    return run_dir, launch([*PROGRAM, "resume", str(run_dir), "--foreground", "--no-progress"], run_dir)
+    return start(RunLayout(run_dir).config, [], run_dir)
+
+
+def supervise(config_path: Path, overrides: list[str], output_dir: Path | None, *, progress: bool) -> int:
+    """Run a config under a supervisor that is this process; returns its exit code. Raises CvmError.
+
+    The first trainer is `run` with what is given here; whoever follows it after a crash is `resume`, by the config that
+    the run folder holds.
+    """
+    run_dir = _find_run_dir(config_path, overrides, output_dir)
+    first = [*PROGRAM, "run", *_options(config_path, overrides, run_dir)]
+    again = [*PROGRAM, "resume", str(run_dir), "--foreground", "--no-progress"]
+    if progress:
+        first.remove("--no-progress")
+        again.remove("--no-progress")
+    return Supervisor(RunLayout(run_dir), first, again).run()
+
+
+def _find_run_dir(config_path: Path, overrides: list[str], output_dir: Path | None) -> Path:
+    from cvm_translator.config import load_config
+
+    return Path(load_config(config_path, overrides, output_dir).output_dir).absolute()
+
+
+def _options(config_path: Path, overrides: list[str], run_dir: Path) -> list[str]:
+    settings = [part for override in overrides for part in ("--set", override)]
+    return [str(config_path), *settings, "--output-dir", str(run_dir), "--no-progress"]
 
 
 def require_run_folder(run_dir: Path) -> None:
@@ -77,9 +102,9 @@ def require_run_folder(run_dir: Path) -> None:
 
 
 def launch(command: list[str], run_dir: Path, timeout_seconds: float = START_TIMEOUT_SECONDS) -> int:
-    """Start `command`, a run in `run_dir`, detached; its process id once it holds the lock and wrote `run_started`."""
+    """Start `command`, a supervisor of `run_dir`, detached; its process id once its trainer's run has begun."""
     layout = RunLayout(run_dir)
-    holder = read_holder(layout.lock)
+    holder = find_keeper(layout)
     if holder is not None:
         raise RunFolderError(
             f"{run_dir} is in use by process {holder.get('pid')} on {holder.get('host')}: it runs already;"
@@ -88,10 +113,17 @@ def launch(command: list[str], run_dir: Path, timeout_seconds: float = START_TIM
     layout.logs.mkdir(parents=True, exist_ok=True)
     tail = EventTail(layout.events)
     tail.poll()
+    # Whoever called this may be a service; its socket is not the new process's to speak to.
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     with open(daemon_log(run_dir), "ab") as log:
         log_start = log.tell()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
         )
     try:
         _wait_until_running(process, tail, layout, log_start, timeout_seconds)
@@ -100,19 +132,26 @@ def launch(command: list[str], run_dir: Path, timeout_seconds: float = START_TIM
     return process.pid
 
 
+def find_keeper(layout: RunLayout) -> dict[str, Any] | None:
+    """Who keeps the run going: its supervisor, else the process that holds its lock, else None."""
+    return read_holder(layout.supervisor_lock) or read_holder(layout.lock)
+
+
 def _wait_until_running(
     process: subprocess.Popen[Any], tail: EventTail, layout: RunLayout, log_start: int, timeout_seconds: float
 ) -> None:
+    """Of starts at once each sees the winner's events, so the supervisor's lock must name our own process."""
     deadline = time.monotonic() + timeout_seconds
-    has_begun = False
+    begun: set[Any] = set()
     while time.monotonic() < deadline:
         code = process.poll()  # asked before the events are read, so that the last of them is not missed
-        has_begun |= any(event["kind"] == "run_started" and event.get("pid") == process.pid for event in tail.poll())
+        begun |= {event.get("pid") for event in tail.poll() if event["kind"] == "run_started"}
         if code is not None:
-            if has_begun and code in (EXIT_OK, EXIT_GATE_FAILED):
+            if begun and code in (EXIT_OK, EXIT_GATE_FAILED):
                 return
             raise _start_error(code, layout.root, log_start)
-        if has_begun and (read_holder(layout.lock) or {}).get("pid") == process.pid:
+        is_ours = (read_holder(layout.supervisor_lock) or {}).get("pid") == process.pid
+        if is_ours and (read_holder(layout.lock) or {}).get("pid") in begun:
             return
         time.sleep(_POLL_SECONDS)
     process.terminate()
@@ -143,12 +182,17 @@ def stop(run_dir: Path, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> int:
     has not left in time.
     """
     layout = RunLayout(run_dir)
-    holder = read_holder(layout.lock)
+    lock = layout.supervisor_lock
+    holder = read_holder(lock)
+    if holder is None:
+        lock = layout.lock
+        holder = read_holder(lock)
     if holder is None:
         raise NotRunningError(f"no run holds {run_dir}: there is nothing to stop")
-    pid = _signal_holder(run_dir, holder)
+    pid = _signal_holder(lock, holder)
+    asked = {pid, (read_holder(layout.lock) or holder).get("pid")}
     deadline = time.monotonic() + timeout_seconds
-    while (now := read_holder(layout.lock)) is not None and now.get("pid") == pid:
+    while any((read_holder(path) or {}).get("pid", 0) in asked for path in (layout.supervisor_lock, layout.lock)):
         if time.monotonic() > deadline:
             raise RunFolderError(
                 f"process {pid} was asked to stop but still holds {run_dir} after {timeout_seconds:.0f} s:"
@@ -158,14 +202,14 @@ def stop(run_dir: Path, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> int:
     return pid
 
 
-def _signal_holder(run_dir: Path, holder: dict[str, Any]) -> int:
+def _signal_holder(lock: Path, holder: dict[str, Any]) -> int:
     """Send SIGTERM to the process that the lock names, if it is certainly that process."""
-    pid, host = holder.get("pid"), holder.get("host")
+    run_dir, pid, host = lock.parent, holder.get("pid"), holder.get("host")
     if host != socket.gethostname() or not isinstance(pid, int):
         raise RunFolderError(f"{run_dir} is held by process {pid} on {host}, not on this host: stop it there")
     is_other = RunFolderError(
         f"{run_dir} is held, but process {pid} is not the one that took the lock: no signal was sent;"
-        f" find the holder with lsof {RunLayout(run_dir).lock}"
+        f" find the holder with lsof {lock}"
     )
     if not hasattr(os, "pidfd_open"):  # no such calls outside Linux: the check and the signal are two steps there
         if holder.get("process_start_time") != process_start_time(pid):

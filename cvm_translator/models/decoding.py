@@ -49,11 +49,13 @@ def translate_ids(
     max_length_extra: int = MAX_LENGTH_EXTRA,
     length_penalty: float = 1.0,
     device: torch.device | str | None = None,
+    on_batch: Callable[[], object] | None = None,
 ) -> list[list[int]]:
     """Translate sources (ids without end mark, at most max_length − 1 each); results hold no special ids.
 
     A result has at most max_length_ratio × (source length) + max_length_extra tokens, and at most max_length − 1.
-    `batch_size` counts rows, so beams share it. `device` defaults to the model's.
+    `batch_size` counts rows, so beams share it. `device` defaults to the model's. `on_batch` is
+    called before each batch.
     """
     longest = model.config.max_length - 1
     for source in sources:
@@ -69,6 +71,8 @@ def translate_ids(
     sentences = max(1, batch_size // beam_size)
     try:
         for start in range(0, len(order), sentences):
+            if on_batch is not None:
+                on_batch()
             chosen = order[start : start + sentences]
             src, src_mask = pad_sources([sources[i] for i in chosen], device)
             limits = [min(int(max_length_ratio * len(sources[i])) + max_length_extra, longest) for i in chosen]
@@ -215,11 +219,14 @@ def translate_texts(
     beam_size: int = 1,
     batch_size: int = 128,
     device: torch.device | str | None = None,
+    on_batch: Callable[[], object] | None = None,
 ) -> list[str]:
     """`translate_lines` with the model itself."""
 
     def translate(sources: list[list[int]]) -> list[list[int]]:
-        return translate_ids(model, sources, beam_size=beam_size, batch_size=batch_size, device=device)
+        return translate_ids(
+            model, sources, beam_size=beam_size, batch_size=batch_size, device=device, on_batch=on_batch
+        )
 
     return translate_lines(tokenizer, texts, model.config.max_length - 1, translate)
 

@@ -28,8 +28,12 @@ def headline(status: Mapping[str, Any]) -> str:
     state, result = status["state"], status["result"] or {}
     if state == "never_started":
         return f"no run in {printable(status['run_dir'])}: begin one with cvm-translator start CONFIG"
-    if state == "running":
-        return f"running (process {status['pid']}), stage {printable(status['stage'] or 'starting')}"
+    if state in ("running", "paused"):
+        by = f", supervised by {status['supervisor_pid']}" if status["supervisor_pid"] else ""
+        why = f" ({printable(status['paused'])})" if state == "paused" else ""
+        return f"{state}{why} (process {status['pid']}{by}), stage {printable(status['stage'] or 'starting')}"
+    if state == "restarting":
+        return f"restarting: process {status['pid']} is gone, its supervisor {status['supervisor_pid']} starts another"
     if state == "failed":
         return f"failed: {printable(result.get('message'))}"
     if state == "stopped":
@@ -192,6 +196,9 @@ _EVENTS = {
     "warning": lambda e: f"warning: {e.get('message')}",
     "stopped": lambda e: f"stopped by signal {e.get('signal')} at step {e.get('step')}",
     "resumed": _describe_resumed,
+    "control": lambda e: f"request {e.get('action')}: {e.get('result')}, {e.get('message')}",
+    "paused": lambda e: f"paused after step {e.get('step')}: {e.get('reason')}",
+    "continued": lambda e: f"goes on after step {e.get('step')}",
     "failed": lambda e: f"failed: {e.get('message')}",
     "run_finished": _describe_finish,
 }

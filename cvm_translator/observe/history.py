@@ -92,6 +92,10 @@ class History:
     num_events: int = 0
     step: int | None = None
     """Newest step of the current stage, or the one a rollback went back to."""
+    paused: str | None = None
+    """Why no step is being taken, while none is."""
+    is_restarting: bool = False
+    """Whether the supervisor has told that it starts the trainer again, and no trainer has begun since."""
     last_time: float | None = None
     last_advance: float | None = None
     """Time of the last event that shows work: any but a heartbeat with the step of the one before."""
@@ -106,8 +110,12 @@ class History:
             self.last_time = time
             if kind != "progress" or self._advances(event):
                 self.last_advance = time
+        if kind in ("train", "continued", *LIFECYCLE):
+            self.paused, self.is_restarting = None, False
         if kind == "train":
             self._add_train(event)
+        elif kind == "paused":
+            self.paused = str(event.get("reason"))
         elif kind in LIFECYCLE:
             self.lifecycle = event
             if kind == "run_started":
@@ -127,10 +135,13 @@ class History:
             self.step = event["step"] if isinstance(event.get("step"), int) else self.step
         elif kind == "rollback":
             self._add_rollback(event)
-        elif kind in ("validation", "verdict", "checkpoint", "warning"):
+        elif kind == "validation":
+            self.last_validation = event
+            if not event.get("asked"):  # one for the record is no point of the run's own course
+                self.validations.append(event)
+        elif kind in ("verdict", "checkpoint", "warning"):
             getattr(self, f"{kind}s").append(event)
-            if kind == "validation":
-                self.last_validation = event
+            self.is_restarting |= kind == "warning" and event.get("code") == "restart"
 
     def _advances(self, event: Event) -> bool:
         mark = (event.get("stage"), event.get("step"))

@@ -30,6 +30,8 @@ from cvm_translator.runs.lock import read_holder
 
 EXIT_CODES = {
     "running": EXIT_OK,
+    "paused": EXIT_OK,
+    "restarting": EXIT_OK,
     "done": EXIT_OK,
     "stopped": EXIT_NOT_RUNNING,
     "dead": EXIT_NOT_RUNNING,
@@ -53,11 +55,11 @@ def read_status(run_dir: str | Path) -> dict[str, Any]:
     for _ in range(2):
         # The holder first: a run writes its last event before it lets go of the lock. One that begins between the
         # two looks dead, so that answer is asked for twice.
-        holder = read_holder(layout.lock)
+        holder, supervisor = read_holder(layout.lock), read_holder(layout.supervisor_lock)
         history = read_history(layout.events, recent_train_only=True)
-        if find_state(history, holder) != "dead":
+        if find_state(history, holder, supervisor) != "dead":
             break
-    return summarise(layout, history, holder, time.time())
+    return summarise(layout, history, holder, time.time(), supervisor=supervisor)
 
 
 def summarise(
@@ -66,13 +68,14 @@ def summarise(
     holder: Mapping[str, Any] | None,
     now: float,
     idle_seconds: float | None = None,
+    supervisor: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One dictionary of everything a status shows, at the Unix time `now`.
 
     `idle_seconds`, where given, is the time without progress by a monotonic clock; else it is taken from the events'
     times. Keys that nothing is known about hold None.
     """
-    state = find_state(history, holder)
+    state = find_state(history, holder, supervisor)
     shown = "teacher" if history.stage == "teacher" else "distil"
     started = history.run_started or {}
     progress = history.progress or {}
@@ -86,6 +89,8 @@ def summarise(
         "state": state,
         "exit_code": EXIT_CODES[state],
         "pid": (holder or {}).get("pid") or started.get("pid"),
+        "supervisor_pid": (supervisor or {}).get("pid"),
+        "paused": history.paused if state == "paused" else None,
         "started_at": started.get("time"),
         "stage": history.stage,
         "stages": started.get("stages"),
@@ -116,12 +121,17 @@ def summarise(
     return status
 
 
-def find_state(history: History, holder: Mapping[str, Any] | None) -> str:
-    """running, stopped, done, failed, dead (the process is gone without a word) or never_started."""
+def find_state(history: History, holder: Mapping[str, Any] | None, supervisor: Mapping[str, Any] | None = None) -> str:
+    """running, paused, restarting, stopped, done, failed, dead (gone without a word) or never_started.
+
+    restarting: the trainer is gone, and its supervisor is about to start it again.
+    """
     if holder is not None:
-        return "running"
+        return "paused" if history.paused else "running"
     if history.lifecycle is None:
         return "dead" if history.num_events else "never_started"
+    if supervisor is not None and (history.is_restarting or history.lifecycle["kind"] == "run_started"):
+        return "restarting"
     ends = {"stopped": "stopped", "failed": "failed", "run_finished": "done"}
     return ends.get(history.lifecycle["kind"], "dead")
 

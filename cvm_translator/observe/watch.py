@@ -29,6 +29,7 @@ class RunWatch:
         self.layout = layout
         self.history = History()
         self.holder: dict[str, Any] | None = None
+        self.supervisor: dict[str, Any] | None = None
         self.log_lines: deque[str] = deque(maxlen=num_log_lines)
         self._events = EventTail(layout.events)
         self._log = EventTail(layout.train_log)
@@ -40,6 +41,7 @@ class RunWatch:
         """Read what is new; returns the new events."""
         # The holder first: a run writes its last event before it lets go of the lock.
         self.holder = read_holder(self.layout.lock)
+        self.supervisor = read_holder(self.layout.supervisor_lock)
         before = self.history.last_advance
         events = self._events.poll()
         for event in events:
@@ -49,14 +51,14 @@ class RunWatch:
             self._advanced_at = time.monotonic() - idle
         self._has_polled = True
         self.log_lines.extend(line.decode("utf-8", "replace") for line in self._log.poll_lines())
-        dead = find_state(self.history, self.holder) == "dead"
+        dead = find_state(self.history, self.holder, self.supervisor) == "dead"
         self._num_dead_polls = self._num_dead_polls + 1 if dead else 0
         return events
 
     def status(self) -> dict[str, Any]:
         """As `read_status`, but from what has been followed."""
         idle = time.monotonic() - self._advanced_at if self.history.last_advance is not None else None
-        return summarise(self.layout, self.history, self.holder, time.time(), idle)
+        return summarise(self.layout, self.history, self.holder, time.time(), idle, self.supervisor)
 
     def is_surely_dead(self) -> bool:
         """Dead at two polls in a row: a process that has just started may hold its lock but an instant later."""

@@ -13,7 +13,9 @@ import torch
 
 from cvm_translator.config import RunConfig
 from cvm_translator.runs import atomic
+from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter
+from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.training.signals import StopRequest
 
@@ -29,13 +31,26 @@ class RunContext:
     device: torch.device
     show: Callable[[str], None]
     """Shows a line of text in the log and to whoever watches."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    control: ControlFile | None = None
+    """What observers ask for, if anybody can."""
 
     def warn(self, code: str, message: str) -> None:
         self.events.write("warning", code=code, message=message)
 
     def note(self, message: str) -> None:
         """For parts that tell what they do in lines of text; the log and the display show them."""
+        self.beat()
         self.show(message)
+
+    def beat(self) -> None:
+        """Give a sign of life between two pieces of a stage's work."""
+        self.heartbeat.beat("stage")
+
+    def go_on(self) -> None:
+        """Between two pieces of long work that may be left at any time: a sign of life, unless a stop was asked for."""
+        self.beat()
+        self.stop.raise_if_requested()
 
 
 @dataclass
@@ -51,9 +66,11 @@ def stage(context: RunContext, name: str) -> Iterator[StageNote]:
     """Announce the start and the end of a stage; the body fills in the note."""
     context.stop.raise_if_requested()
     context.events.write("stage_started", stage=name)
+    context.heartbeat.beat("stage", stage=name, step=0)
     start = time.monotonic()
     note = StageNote()
     yield note
+    context.beat()
     seconds = time.monotonic() - start
     context.events.write("stage_finished", stage=name, seconds=seconds, skipped=note.skipped, summary=note.summary)
 

@@ -12,14 +12,14 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cvm_translator.config import RunConfig, dump_config
-from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, RunFolderError, Stopped
+from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, CvmError, RunFolderError, Stopped
 from cvm_translator.pipeline import delivery
 from cvm_translator.pipeline.cards import describe_outcome
 from cvm_translator.pipeline.context import RunContext
@@ -28,7 +28,9 @@ from cvm_translator.pipeline.student import distil
 from cvm_translator.pipeline.teacher import check_given_teacher, obtain_teacher
 from cvm_translator.pipeline.text import build_corpus, build_tokenizer
 from cvm_translator.runs import atomic
+from cvm_translator.runs.control import ControlFile, Request
 from cvm_translator.runs.events import EventWriter
+from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import RunLock
 from cvm_translator.training.device import build_device, configure_threads, describe_environment
@@ -47,14 +49,21 @@ class ModelDistiller:
     With `progress`, what happens is told on standard error as it does.
     """
 
-    def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
+    def __init__(self, config: RunConfig, *, progress: bool = True, heartbeat: Heartbeat | None = None) -> None:
         self.config = config
         self.layout = RunLayout(Path(config.output_dir))
         self._progress = progress
+        self._heartbeat = heartbeat or Heartbeat()
 
     def run_distillation(self) -> dict[str, Any]:
         """Run or carry on, to the final report (what `reports/final_report.json` holds, and the run's `exit_code`)."""
-        with _explained_full_disk(self.layout.root), RunLock(self.layout.lock), StopRequest() as stop:
+        is_supervised = self._heartbeat.is_supervised
+        with (
+            _explained_full_disk(self.layout.root),
+            RunLock(self.layout.lock),
+            StopRequest(is_supervised=is_supervised) as stop,
+        ):
+            self._heartbeat.on_gone = stop.supervisor_is_gone
             context = self._open(stop)
             try:
                 check_given_teacher(self.config)
@@ -67,11 +76,15 @@ class ModelDistiller:
                 report = delivery.report(context, corpus, outcome, folders, verdict)
                 return self._finish(context, report)
             except Stopped as stopped:
-                context.events.write("stopped", signal=stopped.signal_number)
+                context.events.write("stopped", signal=stopped.signal_number, reason=stop.reason)
                 raise
             except Exception as error:
+                message = f"{type(error).__name__}: {error}"
                 with contextlib.suppress(OSError):  # a full disk must not hide the error itself
-                    context.events.write("failed", message=f"{type(error).__name__}: {error}")
+                    if is_supervised and not isinstance(error, CvmError):
+                        context.warn("crashed", message)  # it has failed only when the supervisor says so
+                    else:
+                        context.events.write("failed", message=message)
                 raise
             finally:
                 self._close(context)
@@ -84,6 +97,8 @@ class ModelDistiller:
         num_threads = self.config.num_threads or self._recorded_num_threads()
         configure_threads(num_threads, device, deterministic=self.config.deterministic)
         run_id = self._write_environment(describe_environment(device))
+        control = ControlFile(self.layout.control)
+        stale = control.begin(self.layout.events, is_restart=self._heartbeat.num_restarts > 0)
         events = EventWriter(self.layout.events)
         self._listeners: list[Any] = [TextLog(self.layout.train_log)]
         if self.config.tensorboard:
@@ -100,7 +115,9 @@ class ModelDistiller:
             stages=list(STAGES),
             config_sha256=atomic.sha256_file(self.layout.config),
         )
-        return RunContext(self.config, self.layout, events, stop, device, self._show)
+        self._heartbeat.beat("begun")
+        _decline(events, stale, "stale", "it was asked for before this start")
+        return RunContext(self.config, self.layout, events, stop, device, self._show, self._heartbeat, control)
 
     def _claim_folder(self) -> None:
         """Write the config into a new folder; refuse a folder in which another config has trained something.
@@ -143,6 +160,8 @@ class ModelDistiller:
 
     def _finish(self, context: RunContext, report: dict[str, Any]) -> dict[str, Any]:
         passed = report["gate"]["passed"]
+        if context.control is not None:
+            _decline(context.events, context.control.poll(), "late", "the training is over")
         report["exit_code"] = EXIT_OK if passed else EXIT_GATE_FAILED
         for failure in report["gate"]["failures"]:
             context.warn("gate_failed", f"gate: {failure}")
@@ -155,6 +174,7 @@ class ModelDistiller:
             executed_steps=report["executed_steps"],
             seconds=time.monotonic() - self._start,
         )
+        context.events.flush()
         context.note(describe_outcome(report))
         context.note(f"report: {context.layout.reports / 'comparison_report.html'}")
         return report
@@ -168,6 +188,12 @@ class ModelDistiller:
             context.events.close()
         for listener in self._listeners:
             listener.close()
+
+
+def _decline(events: EventWriter, requests: Iterable[Request], result: str, message: str) -> None:
+    """Answer requests that are not obeyed."""
+    for request in requests:
+        events.write("control", id=request.id, action=request.action, result=result, message=message)
 
 
 @contextlib.contextmanager
@@ -207,6 +233,6 @@ def _first_difference(old: Any, new: Any, prefix: str = "") -> str | None:
     return None if old == new else f"{prefix.rstrip('.')}: was {old!r:.60}, is {new!r:.60}"
 
 
-def run_pipeline(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
+def run_pipeline(config: RunConfig, *, progress: bool = True, heartbeat: Heartbeat | None = None) -> dict[str, Any]:
     """What the commands `run` and `resume` call."""
-    return ModelDistiller(config, progress=progress).run_distillation()
+    return ModelDistiller(config, progress=progress, heartbeat=heartbeat).run_distillation()

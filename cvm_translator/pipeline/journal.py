@@ -83,8 +83,15 @@ def describe_event(event: Event) -> str | None:
     if kind == "resumed":
         exact = "bit-exact" if event["exact"] else f"NOT bit-exact ({'; '.join(event['differences'])})"
         return f"{stage} resumed at step {step}, {exact}"
+    if kind == "control":
+        return f"request {event['id']} ({event['action']}): {event['result']}, {event['message']}"
+    if kind == "paused":
+        return f"{stage} paused after step {step}: {event['reason']}"
+    if kind == "continued":
+        return f"{stage} goes on after step {step}"
     if kind in ("stopped", "failed"):
-        return f"{kind}: {event.get('message') or 'by signal ' + str(event.get('signal'))}"
+        reason = f", {event['reason']}" if event.get("reason") else ""
+        return f"{kind}: {event.get('message') or 'by signal ' + str(event.get('signal'))}{reason}"
     if kind == "run_finished":
         passed = "gate passed" if event["gate_passed"] else "GATE FAILED"
         return f"run finished: {passed}" + (" (halted)" if event["halted"] else "")

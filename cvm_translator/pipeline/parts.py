@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cvm_translator.checkpoints.store import CheckpointStore
-from cvm_translator.config.schema import ModelConfig
+from cvm_translator.config.schema import ModelConfig, TrainingConfig
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import Tokenizer
@@ -17,8 +17,11 @@ from cvm_translator.models.folder import save_model
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext
 from cvm_translator.pipeline.text import Corpus
+from cvm_translator.runs.micro_batches import read_factors
 from cvm_translator.training.judges import Deploy, ValidationJudge
 from cvm_translator.validation import DistillationValidator, ValidationConfig
+
+Training = TypeVar("Training", bound=TrainingConfig)
 
 
 def build_dataset(
@@ -49,7 +52,14 @@ def build_translate(
     settings = context.config.validation
 
     def translate(sources: list[str]) -> list[str]:
-        return translate_texts(model, tokenizer, sources, beam_size=settings.beam_size, batch_size=settings.batch_size)
+        return translate_texts(
+            model,
+            tokenizer,
+            sources,
+            beam_size=settings.beam_size,
+            batch_size=settings.batch_size,
+            on_batch=context.beat,
+        )
 
     return translate
 
@@ -76,7 +86,22 @@ def build_judge(
     deploy: Deploy,
 ) -> ValidationJudge:
     held_out = DistillationDataset.from_pairs(corpus.validation, tokenizer, model.max_length)
-    return ValidationJudge(stage_name, context.events, validator, tokenizer, deploy, held_out)
+    return ValidationJudge(
+        stage_name,
+        context.events,
+        validator,
+        tokenizer,
+        deploy,
+        held_out,
+        beat=lambda: context.heartbeat.beat("validation"),
+    )
+
+
+def cut_for_memory(context: RunContext, stage_name: str, settings: Training) -> Training:
+    """The settings with as many micro-batches as the memory was found to need; the effective batch stays."""
+    factor = read_factors(context.layout.micro_batches).get(stage_name, 1)
+    num_micro_batches = min(settings.batch_size, factor * settings.grad_accum_steps)
+    return settings.model_copy(update={"grad_accum_steps": num_micro_batches})
 
 
 def save_model_folder(

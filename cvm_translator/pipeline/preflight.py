@@ -35,12 +35,14 @@ def run_preflight(
     loss: DistillationLoss,
     dataset: DistillationDataset,
     teacher_scores: dict[str, float],
+    more_bytes: int = 0,
 ) -> dict[str, Any]:
-    """Check and report; returns the figures for the final report."""
+    """Check and report; returns the figures for the final report. `more_bytes`: what else will be written there."""
     settings = context.config.distillation
     needed = needed_disk_bytes(
         student.num_parameters(), context.config.keep_checkpoints, has_average=settings.ema_decay > 0
     )
+    needed += more_bytes
     check_disk(context.layout.root, needed)
     warnings = check_teacher(teacher_scores, teacher.num_parameters(), student.num_parameters())
     figures: dict[str, Any] = {"needed_disk_bytes": needed}

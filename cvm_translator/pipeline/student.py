@@ -28,11 +28,12 @@ from cvm_translator.pipeline.parts import (
     build_store,
     build_translate,
     build_validator,
+    cut_for_memory,
 )
 from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, obtain_states
+from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, has_states, obtain_states
 from cvm_translator.training.device import uses_bfloat16
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
@@ -40,6 +41,7 @@ from cvm_translator.training.resume import delivered_weights
 from cvm_translator.training.setup import LoopOutcome, LoopSetup
 from cvm_translator.training.state import LoopState, seed_everything
 from cvm_translator.validation import ValidationConfig
+from cvm_translator.validation.preflight import check_disk
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,17 @@ def _run_loop(
     record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)
     check_settings(config.quantization, student)
     calibration = Calibration(dataset, config.quantization.calibration_sentences, config.seed)
-    preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"])
+    states_bytes = find_states_bytes(context, teacher, dataset)
+    more_bytes = 0 if states_bytes is None else check_room_for_states(context, teacher, dataset, states_bytes)
+    preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"], more_bytes)
     preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
     context.note(describe_preflight(preflight))
-    states = obtain_teacher_states(context, teacher, dataset) if loss.needs_teacher else None
+    states = None if states_bytes is None else obtain_teacher_states(context, teacher, dataset, states_bytes)
     seed_everything(config.seed)
     loop = TrainingLoop(
         LoopSetup(
             stage="distil",
-            settings=settings,
+            settings=cut_for_memory(context, "distil", settings),
             guard=config.guard,
             model=student,
             objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),
@@ -114,6 +118,8 @@ def _run_loop(
                 build_deploy(config.quantization, calibration),
             ),
             stop=context.stop,
+            heartbeat=context.heartbeat,
+            control=context.control,
             device=context.device,
             num_threads=context.config.num_threads,
             validate_every_steps=config.validation.every_steps,
@@ -138,27 +144,42 @@ def states_directory(context: RunContext) -> Path:
     return (context.config.teacher.cache_dir or context.layout.teacher) / "states"
 
 
-def obtain_teacher_states(context: RunContext, teacher: Teacher, dataset: DistillationDataset) -> TeacherStates | None:
-    """The teacher's stored states where they are exact and pay, else None: the teacher then runs at each step."""
+def find_states_bytes(context: RunContext, teacher: Teacher, dataset: DistillationDataset) -> int | None:
+    """Size of the teacher's stored states where they are exact and pay; None: the teacher runs at each step."""
     config, settings = context.config, context.config.distillation
     num_visits = settings.num_iterations * settings.batch_size / max(1, len(dataset))
-    if not config.teacher.store_states or config.fault_injection or num_visits <= 1.5:
+    if settings.alpha == 0 or not config.teacher.store_states or config.fault_injection or num_visits <= 1.5:
         return None
     if not uses_bfloat16(settings.precision, context.device):
         return None
-    size_mib = compute_states_bytes(dataset, teacher.model.config.dim) / 2**20
-    if size_mib > config.teacher.states_budget_mib:
+    num_bytes = compute_states_bytes(dataset, teacher.model.config.dim)
+    if num_bytes > config.teacher.states_budget_mib * 2**20:
         context.note(
-            f"teacher states would take {size_mib:,.0f} MiB, over teacher.states_budget_mib"
+            f"teacher states would take {num_bytes / 2**20:,.0f} MiB, over teacher.states_budget_mib"
             f" {config.teacher.states_budget_mib}: the teacher runs at each step"
         )
         return None
+    return num_bytes
+
+
+def check_room_for_states(context: RunContext, teacher: Teacher, dataset: DistillationDataset, num_bytes: int) -> int:
+    """Bytes that the states still need beside the run's own; those of a shared cache elsewhere are asked for here."""
+    directory = states_directory(context)
+    if has_states(teacher.sha256, dataset, teacher.model.config.dim, directory):
+        return 0
+    if context.config.teacher.cache_dir is None:
+        return num_bytes
+    check_disk(directory, num_bytes)
+    return 0
+
+
+def obtain_teacher_states(
+    context: RunContext, teacher: Teacher, dataset: DistillationDataset, num_bytes: int
+) -> TeacherStates:
     start = time.monotonic()
-    states, was_there = obtain_states(
-        teacher.model, teacher.sha256, dataset, states_directory(context), context.stop.raise_if_requested
-    )
+    states, was_there = obtain_states(teacher.model, teacher.sha256, dataset, states_directory(context), context.go_on)
     how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"
-    context.note(f"teacher states of {len(dataset):,} pairs, {size_mib:,.0f} MiB: {how}")
+    context.note(f"teacher states of {len(dataset):,} pairs, {num_bytes / 2**20:,.0f} MiB: {how}")
     return states
 
 

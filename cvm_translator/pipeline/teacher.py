@@ -23,6 +23,7 @@ from cvm_translator.pipeline.parts import (
     build_judge,
     build_store,
     build_validator,
+    cut_for_memory,
     save_model_folder,
 )
 from cvm_translator.pipeline.preflight import needed_disk_bytes
@@ -154,7 +155,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
     loop = TrainingLoop(
         LoopSetup(
             stage="teacher",
-            settings=config.training,
+            settings=cut_for_memory(context, "teacher", config.training),
             guard=context.config.guard.model_copy(update={"enabled": True}),
             model=model,
             objective=DistillationObjective(model, loss),
@@ -164,6 +165,8 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             events=context.events,
             judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, deploy_as_it_is),
             stop=context.stop,
+            heartbeat=context.heartbeat,
+            control=context.control,
             device=context.device,
             num_threads=context.config.num_threads,
             validate_every_steps=config.training.validate_every_steps,

@@ -3,13 +3,14 @@
 Guarantees: every event carries `schema_version`, `time` (UTC, ISO 8601), `kind`, `step` and `attempt`. Numbers are
 written with all their digits, so the losses of a replayed step can be compared bit for bit; a number that JSON cannot
 hold (NaN, infinity) is written as a string. A line torn by a crash or a full disk is closed off by the next write, and
-readers pass over it.
+readers pass over it; what a full disk refused is kept and written when there is room.
 
 Per-step `train` events are buffered and written together with the next other event or at `flush`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -36,7 +37,11 @@ KINDS = (
     "resumed",
     "failed",
     "run_finished",
+    "control",
+    "paused",
+    "continued",
 )
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _plain(value: Any) -> Any:
@@ -61,9 +66,18 @@ class EventWriter:
         """Called with each event as it is made: the log, the progress display and TensorBoard hang on here."""
 
     def write(self, kind: str, *, step: int | None = None, attempt: int = 1, **fields: Any) -> None:
-        """Append one event and everything buffered before it."""
+        """Append one event and everything buffered before it; where there is no room they wait for the next write."""
         self.buffer(kind, step=step, attempt=attempt, **fields)
-        self.flush()
+        try:
+            self.flush()
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether events are waiting, to be written with the next ones or when there is room."""
+        return bool(self._buffer)
 
     def buffer(self, kind: str, *, step: int | None = None, attempt: int = 1, **fields: Any) -> None:
         """Keep one event for the next `write` or `flush`."""
@@ -79,21 +93,25 @@ class EventWriter:
     def flush(self, *, sync: bool = False) -> None:
         """Hand buffered events to the operating system; with `sync`, to the disk.
 
-        Raises OSError where there is no room; the events that did not fit are then given up.
+        Raises OSError where there is no room; the events that did not fit stay for the next time.
         """
-        data = b"".join(self._buffer)
-        self._buffer.clear()
-        if data:
-            self._append(data)
+        if self._buffer:
+            self._append()
         if sync:
             os.fsync(self._stream.fileno())
 
-    def _append(self, data: bytes) -> None:
-        rest = memoryview(b"\n" + data if self._is_torn else data)
-        self._is_torn = True
-        while rest:
-            rest = rest[self._stream.write(rest) :]
-        self._is_torn = False
+    def _append(self) -> None:
+        """Write what is buffered; of a line that was torn half-way the whole is kept."""
+        data, num_written = memoryview(b"".join(self._buffer)), 0
+        was_torn, self._is_torn = self._is_torn, True
+        try:
+            if was_torn:
+                self._stream.write(b"\n")
+            while num_written < len(data):
+                num_written += self._stream.write(data[num_written:])
+            self._is_torn = False
+        finally:
+            self._buffer = _drop_written(self._buffer, num_written)
 
     def close(self) -> None:
         try:
@@ -106,6 +124,15 @@ class EventWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _drop_written(lines: list[bytes], num_bytes: int) -> list[bytes]:
+    """The lines that are not wholly among the first so many bytes."""
+    for place, line in enumerate(lines):
+        num_bytes -= len(line)
+        if num_bytes < 0:
+            return lines[place:]
+    return []
 
 
 def _ends_with_newline(path: Path) -> bool:

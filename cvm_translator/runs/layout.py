@@ -25,8 +25,17 @@ class RunLayout:
         return self.root / "run.lock"
 
     @property
+    def supervisor_lock(self) -> Path:
+        """Held by the supervisor as long as it keeps the run alive; the run itself is held through `lock`."""
+        return self.root / "supervisor.lock"
+
+    @property
     def control(self) -> Path:
         return self.root / "control.json"
+
+    @property
+    def micro_batches(self) -> Path:
+        return self.root / "micro_batches.json"
 
     @property
     def logs(self) -> Path:

@@ -34,6 +34,17 @@ def compute_states_bytes(dataset: DistillationDataset, dim: int) -> int:
     return int((dataset.lengths[:, 1] + 1).sum()) * dim * BYTES_PER_NUMBER
 
 
+def _states_path(teacher_sha256: str, dataset: DistillationDataset, directory: Path) -> Path:
+    key = hashlib.sha256(f"{teacher_sha256} {dataset.sha256} {torch.__version__}".encode()).hexdigest()[:16]
+    return directory / f"states-{key}.bf16"
+
+
+def has_states(teacher_sha256: str, dataset: DistillationDataset, dim: int, directory: Path) -> bool:
+    """Whether the file is there already."""
+    path = _states_path(teacher_sha256, dataset, directory)
+    return path.exists() and path.stat().st_size == compute_states_bytes(dataset, dim)
+
+
 class TeacherStates:
     """Reads the states of chosen pairs."""
 
@@ -61,9 +72,8 @@ def obtain_states(
     lengths = dataset.lengths[:, 1] + 1  # with the end mark
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     dim = teacher.config.dim
-    key = hashlib.sha256(f"{teacher_sha256} {dataset.sha256} {torch.__version__}".encode()).hexdigest()[:16]
-    path = directory / f"states-{key}.bf16"
-    is_there = path.exists() and path.stat().st_size == offsets[-1] * dim * BYTES_PER_NUMBER
+    path = _states_path(teacher_sha256, dataset, directory)
+    is_there = has_states(teacher_sha256, dataset, dim, directory)
     if not is_there:
         atomic.write_stream(path, lambda stream: _compute(teacher, dataset, offsets, stream, should_stop))
     return TeacherStates(path, offsets, dim), is_there

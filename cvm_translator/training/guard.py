@@ -40,6 +40,10 @@ class Judge(Protocol):
         """Validate the model as deployed at `bits`."""
         ...
 
+    def observe(self, state: LoopState, model: CvmTransformer, bits: int) -> None:
+        """Validate for the record, without remembering anything."""
+        ...
+
     def start_width(self) -> None:
         """Look for a new best: what follows is deployed with other bits."""
         ...

@@ -22,6 +22,7 @@ from cvm_translator.runs.events import EventWriter
 from cvm_translator.training.guard import Judgement
 from cvm_translator.training.objectives import find_real_targets
 from cvm_translator.training.state import LoopState
+from cvm_translator.validation.result import ValidationResult
 from cvm_translator.validation.validator import DistillationValidator
 
 Deploy = Callable[[CvmTransformer, int], CvmTransformer]
@@ -42,43 +43,22 @@ class ValidationJudge:
         tokenizer: Tokenizer,
         deploy: Deploy,
         held_out: DistillationDataset,
+        beat: Callable[[], object] | None = None,
     ) -> None:
+        """`beat` is called before each batch that is decoded."""
         self.stage = stage
         self.events = events
         self.validator = validator
         self.tokenizer = tokenizer
         self.deploy = deploy
         self.held_out = held_out
+        self.beat = beat
 
     def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
-        start = time.monotonic()
-        deployed = self.deploy(model, bits)
-        settings = self.validator.config.settings
-
-        def translate(sources: list[str]) -> list[str]:
-            return translate_texts(
-                deployed, self.tokenizer, sources, beam_size=settings.beam_size, batch_size=settings.batch_size
-            )
-
-        perplexity = compute_perplexity(deployed, self.held_out, settings.batch_size)
-        extra = {} if perplexity is None else {"perplexity": perplexity}
-        result = self.validator.validate(state.step, state.attempt, translate, extra)
+        result = self._validate(state, model, bits, self.validator.validate, is_asked=False)
         verdict = result.verdict
         if verdict.is_new_best:
             self.validator.write_best_report(result)
-        self.events.write(
-            "validation",
-            step=state.step,
-            attempt=state.attempt,
-            stage=self.stage,
-            scores=result.scores | extra,
-            teacher_scores=result.teacher_scores,
-            quality_score=result.quality_score,
-            retentions=result.retentions,
-            probes=result.probes,
-            decode_tokens_per_second=result.decode_tokens_per_second,
-            seconds=time.monotonic() - start,
-        )
         if verdict.verdict == "no_decision":
             self._warn(state, "no_decision", f"no decision on the validation at step {state.step}: {verdict.reason}")
         elif verdict.verdict == "warning":
@@ -91,6 +71,47 @@ class ValidationJudge:
         return Judgement(
             verdict.verdict, verdict.is_new_best, verdict.asks_for_rollback, verdict.reason, figures, is_held
         )
+
+    def observe(self, state: LoopState, model: CvmTransformer, bits: int) -> None:
+        """Validate for the record: nothing of it is remembered."""
+        self._validate(state, model, bits, self.validator.observe, is_asked=True)
+
+    def _validate(
+        self, state: LoopState, model: CvmTransformer, bits: int, validate: Any, *, is_asked: bool
+    ) -> ValidationResult:
+        """Deploy, let `validate` measure, and tell the scores."""
+        start = time.monotonic()
+        deployed = self.deploy(model, bits)
+        settings = self.validator.config.settings
+
+        def translate(sources: list[str]) -> list[str]:
+            return translate_texts(
+                deployed,
+                self.tokenizer,
+                sources,
+                beam_size=settings.beam_size,
+                batch_size=settings.batch_size,
+                on_batch=self.beat,
+            )
+
+        perplexity = compute_perplexity(deployed, self.held_out, settings.batch_size)
+        extra = {} if perplexity is None else {"perplexity": perplexity}
+        result: ValidationResult = validate(state.step, state.attempt, translate, extra)
+        self.events.write(
+            "validation",
+            step=state.step,
+            attempt=state.attempt,
+            stage=self.stage,
+            scores=result.scores | extra,
+            teacher_scores=result.teacher_scores,
+            quality_score=result.quality_score,
+            retentions=result.retentions,
+            probes=result.probes,
+            decode_tokens_per_second=result.decode_tokens_per_second,
+            asked=is_asked,
+            seconds=time.monotonic() - start,
+        )
+        return result
 
     def start_width(self) -> None:
         self.validator.start_width()

@@ -7,7 +7,8 @@ Guarantees
   goes back to its best checkpoint, as after a degraded validation.
 - Where the bit width falls during training, it falls only after a validation at which quality was held.
 - A rollback is on disk before it is acted on, and its changed recipe is asserted after the old state is loaded.
-- A stop request is obeyed at a step's end, after a checkpoint.
+- A stop, and whatever observers ask for, is obeyed at a step's end; before a stop and a pause there is a checkpoint.
+- A disk that is full during a save pauses the loop; it goes on when there is room.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from cvm_translator.training.faults import active_faults, learning_rate_factor
 from cvm_translator.training.guard import DecisionFile, choose_action, max_executed_steps, next_recipe
 from cvm_translator.training.optimizer import MovingAverage, build_optimizer
 from cvm_translator.training.progress import ProgressMeter
+from cvm_translator.training.requests import obey_requests
 from cvm_translator.training.resume import START, capture, load_best, restore
+from cvm_translator.training.room import judge_with_room, with_room
 from cvm_translator.training.schedules import compute_learning_rate
 from cvm_translator.training.setup import LoopOutcome, LoopSetup
 from cvm_translator.training.spikes import SpikeWindow
@@ -44,6 +47,7 @@ class TrainingLoop:
         self.spikes = SpikeWindow(setup.guard.spike_window_steps, threshold)
         self.decision = DecisionFile(setup.store.directory / "rollback.json")
         self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations)
+        self.is_paused = False
         self._saved_executed_steps: int | None = None
 
     def run(self) -> LoopOutcome:
@@ -54,6 +58,7 @@ class TrainingLoop:
             self._save()
         while self.state.step < setup.settings.num_iterations and self.state.halted is None:
             # ------------------------------------------------------------------------------------------- training step
+            setup.heartbeat.beat("step", stage=setup.stage, step=self.state.step, attempt=self.state.attempt)
             result = self._step()
             # ---------------------------------------------------------------- once in a while: validate and judge, save
             if result.rejected is not None:
@@ -64,8 +69,9 @@ class TrainingLoop:
                 self._save()
             # ------------------------------------------------------------------------------------- is there more to do?
             self._halt_at_budget()
-            if setup.stop.signal_number is not None and self._saved_executed_steps != self.state.executed_steps:
-                self._save()
+            obey_requests(self)
+            if setup.stop.signal_number is not None:
+                self.save_unless_saved()
             setup.stop.raise_if_requested()
         self.progress.report(self.state)
         return self._finish()
@@ -144,9 +150,10 @@ class TrainingLoop:
     def _validate(self) -> None:
         """Validate, judge, and keep, roll back or halt."""
         setup, state = self.setup, self.state
+        setup.heartbeat.beat("validation")
         self.progress.report(state)
         bits = setup.widths.widths[state.width_index]
-        judgement = setup.judge.judge(state, self.validated_model(), bits)
+        judgement = judge_with_room(setup, state, self.validated_model, bits)
         is_best = judgement.is_best
         state.validations_since_best = 0 if is_best else state.validations_since_best + 1
         action = choose_action(judgement, state, setup.guard)
@@ -224,7 +231,7 @@ class TrainingLoop:
                 "data_stream": recipe.data_stream,
             }
         )
-        self.decision.write(recipe, target.path.name, state)
+        with_room(self.setup, state, lambda: self.decision.write(recipe, target.path.name, state))
         decision = self.decision.pending(state.attempt)
         assert decision is not None
         self._carry_out(decision, target)
@@ -269,13 +276,21 @@ class TrainingLoop:
         self.setup.prepare(model, UNROUNDED_BITS)
         return model.eval()
 
+    def save_unless_saved(self) -> None:
+        """Have a checkpoint of this very step."""
+        if self._saved_executed_steps != self.state.executed_steps:
+            self._save()
+
     def _save(self) -> None:
         setup, state = self.setup, self.state
+        setup.heartbeat.beat("save")
         # Events first: a step that a checkpoint covers is not replayed, so its loss must not die with the process.
-        setup.events.flush(sync=True)
+        with_room(setup, state, lambda: setup.events.flush(sync=True))
         is_best = state.best_checkpoint == checkpoint_name(state.step, state.attempt)
         captured = capture(setup, state, self.optimizer, self.average, self.spikes)
-        saved = setup.store.save(state.step, state.attempt, **captured, is_best=is_best)
+        saved = with_room(
+            setup, state, lambda: setup.store.save(state.step, state.attempt, **captured, is_best=is_best)
+        )
         self._saved_executed_steps = state.executed_steps
         setup.events.write(
             "checkpoint",

@@ -40,7 +40,7 @@ def capture(
         "judge": setup.judge.state_dict(),
         "spikes": spikes.state_dict(),
         "num_averaged": average.num_updates if average else None,
-        "numerics": describe_numerics(setup.device),
+        "numerics": _describe_numerics(setup),
     }
     torch_states = {"optimizer": optimizer.state_dict(), "random": capture_random_state()}
     return {"tensors": tensors, "torch_states": torch_states, "plain": plain}
@@ -70,8 +70,13 @@ def restore(
     old = plain["numerics"]
     if setup.num_threads is None:
         torch.set_num_threads(old["num_threads"])
-    now = describe_numerics(setup.device)
+    now = _describe_numerics(setup)
     return state, [f"{key}: was {old[key]}, is {now.get(key)}" for key in old if old[key] != now.get(key)]
+
+
+def _describe_numerics(setup: LoopSetup) -> dict[str, Any]:
+    """What the last bits depend on: the machine, and into how many micro-batches a batch is cut."""
+    return describe_numerics(setup.device) | {"grad_accum_steps": setup.settings.grad_accum_steps}
 
 
 def load_best(setup: LoopSetup, name: str) -> LoadedCheckpoint:

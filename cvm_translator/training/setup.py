@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,7 +12,9 @@ from cvm_translator.config.schema import FaultInjection, GuardConfig, TrainingCo
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter
+from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.training.guard import Judge
 from cvm_translator.training.objectives import Objective
 from cvm_translator.training.signals import StopRequest
@@ -46,6 +48,9 @@ class LoopSetup:
     """The bit widths that training sees."""
     prepare: Callable[[CvmTransformer, int], object] = leave_as_it_is
     """Makes the model's forward pass round to so many bits (UNROUNDED_BITS: not at all)."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    control: ControlFile | None = None
+    """What observers ask for, if anybody can."""
     faults: list[FaultInjection] | None = None
     num_threads: int | None = None
     """The thread count that the config asks for, if it asks for one."""

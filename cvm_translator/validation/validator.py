@@ -16,7 +16,7 @@ from cvm_translator.metrics.resampling import confidence_interval, paired_p_valu
 from cvm_translator.runs.atomic import write_text
 from cvm_translator.validation.analysis import analyse_errors
 from cvm_translator.validation.config import ValidationConfig
-from cvm_translator.validation.detector import QualityDegradationDetector
+from cvm_translator.validation.detector import QualityDegradationDetector, Verdict
 from cvm_translator.validation.evaluator import (
     QualityMeasurement,
     TranslationQualityEvaluator,
@@ -58,6 +58,7 @@ class DistillationValidator:
         self.references = list(references)
         self.set_sha256 = compute_set_sha256(sources, references)
         self.files = ValidationFiles(directory)
+        self.asked_files = ValidationFiles(directory / "asked")
         self.evaluator = evaluator or TranslationQualityEvaluator(config)
         self.metrics = {metric.name: metric for metric in self.evaluator.metrics}
         self.count_tokens = count_tokens
@@ -107,27 +108,20 @@ class DistillationValidator:
         hypotheses, measurement, timing = self._measure(translate)
         comparisons = self._compare(measurement)
         verdict = self.detector.judge(measurement, step, attempt)
-        analysis = analyse_errors(
-            self.metrics, measurement, self.sources, hypotheses, self.references,
-            self.teacher, self.teacher_hypotheses, self._previous_counts,
-        )  # fmt: skip
-        described = self._describe(measurement)
-        result = ValidationResult(
-            step=step,
-            attempt=attempt,
-            teacher_scores=dict(self.teacher.scores) if self.teacher else {},
-            retentions=self.detector.scale.retentions(measurement.scores),
-            quality_score=verdict.quality_score,
-            verdict=verdict,
-            comparisons=comparisons,
-            error_analysis=analysis,
-            extra=dict(extra or {}),
-            measurement=measurement,
-            **described,
-            **timing,
-        )
+        result = self._build_result(step, attempt, hypotheses, measurement, verdict, extra, timing, comparisons)
         self.files.write(validation_stem(step, attempt), result.to_json(), hypotheses, measurement)
-        self._remember(measurement, step, attempt, analysis["error_counts"])
+        self._remember(measurement, step, attempt, result.error_analysis["error_counts"])
+        return result
+
+    def observe(
+        self, step: int, attempt: int, translate: Translate, extra: Mapping[str, Any] | None = None
+    ) -> ValidationResult:
+        """As `validate`, for the record alone: kept in a folder of its own, judged, and then forgotten."""
+        hypotheses, measurement, timing = self._measure(translate)
+        best_at = self.detector.best_at
+        verdict = self.detector.compare(measurement, self.detector.best, best_at[0] if best_at else None)
+        result = self._build_result(step, attempt, hypotheses, measurement, verdict, extra, timing)
+        self.asked_files.write(validation_stem(step, attempt), result.to_json(), hypotheses, measurement)
         return result
 
     def start_width(self) -> None:
@@ -173,6 +167,37 @@ class DistillationValidator:
             self._remember(self._load_measurement(step, attempt), step, attempt, counts)
 
     # ---------------------------------------------------------------------------------------------- internals
+
+    def _build_result(
+        self,
+        step: int,
+        attempt: int,
+        hypotheses: list[str],
+        measurement: QualityMeasurement,
+        verdict: Verdict,
+        extra: Mapping[str, Any] | None,
+        timing: dict[str, Any],
+        comparisons: dict[str, dict[str, Any]] | None = None,
+    ) -> ValidationResult:
+        """`comparisons` are those made before the verdict, which may have changed the best; default: made now."""
+        analysis = analyse_errors(
+            self.metrics, measurement, self.sources, hypotheses, self.references,
+            self.teacher, self.teacher_hypotheses, self._previous_counts,
+        )  # fmt: skip
+        return ValidationResult(
+            step=step,
+            attempt=attempt,
+            teacher_scores=dict(self.teacher.scores) if self.teacher else {},
+            retentions=self.detector.scale.retentions(measurement.scores),
+            quality_score=verdict.quality_score,
+            verdict=verdict,
+            comparisons=self._compare(measurement) if comparisons is None else comparisons,
+            error_analysis=analysis,
+            extra=dict(extra or {}),
+            measurement=measurement,
+            **self._describe(measurement),
+            **timing,
+        )
 
     def _build_detector(self) -> QualityDegradationDetector:
         teacher_scores = self.teacher.scores if self.teacher else None

@@ -47,6 +47,20 @@ except CvmError as error:
 sys.exit(143)
 """
 
+# What `start` begins: a supervisor, here of the child above.
+SUPERVISOR = """
+import sys
+from pathlib import Path
+from cvm_translator.daemon.supervisor import Supervisor
+from cvm_translator.errors import CvmError
+from cvm_translator.runs.layout import RunLayout
+try:
+    sys.exit(Supervisor(RunLayout(Path(sys.argv[1])), sys.argv[2:], sys.argv[2:]).run())
+except CvmError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+"""
+
 
 @pytest.fixture
 def started() -> Iterator[list[int]]:
@@ -61,20 +75,37 @@ def started() -> Iterator[list[int]]:
             pass
 
 
-def child(run_dir: Path, seconds: float = 0.0) -> list[str]:
+def unsupervised(run_dir: Path, seconds: float = 0.0) -> list[str]:
     return [sys.executable, "-c", CHILD, str(run_dir), str(seconds)]
+
+
+def child(run_dir: Path, seconds: float = 0.0) -> list[str]:
+    return [sys.executable, "-c", SUPERVISOR, str(run_dir), *unsupervised(run_dir, seconds)]
 
 
 def test_launch_returns_when_the_run_holds_its_folder(tmp_path: Path, started: list[int]) -> None:
     pid = background.launch(child(tmp_path), tmp_path)
     started.append(pid)
     holder = read_holder(RunLayout(tmp_path).lock)
+    supervisor = read_holder(RunLayout(tmp_path).supervisor_lock)
     assert holder is not None
-    assert holder["pid"] == pid
+    assert supervisor is not None
+    assert holder["pid"] != pid  # the trainer's
+    assert supervisor["pid"] == pid
     assert os.getsid(pid) == pid
     assert stop(tmp_path) == pid
     assert read_holder(RunLayout(tmp_path).lock) is None
+    assert read_holder(RunLayout(tmp_path).supervisor_lock) is None
     assert RunLayout(tmp_path).events.read_text().count('"stopped"') == 1
+
+
+def test_a_run_that_nobody_supervises_is_stopped_itself(tmp_path: Path) -> None:
+    process = subprocess.Popen(unsupervised(tmp_path))
+    while read_holder(RunLayout(tmp_path).lock) is None or not RunLayout(tmp_path).events.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert stop(tmp_path) == process.pid
+    assert process.wait() == 143
 
 
 def test_stop_waits_for_the_save(tmp_path: Path, started: list[int]) -> None:
@@ -152,8 +183,13 @@ def test_nothing_to_stop(tmp_path: Path) -> None:
 
 def test_a_lock_file_left_by_a_killed_run_blocks_nothing(tmp_path: Path, started: list[int]) -> None:
     first = background.launch(child(tmp_path), tmp_path)
+    trainer = read_holder(RunLayout(tmp_path).lock)
+    assert trainer is not None
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
+    os.kill(trainer["pid"], signal.SIGKILL)
+    while read_holder(RunLayout(tmp_path).lock) is not None:
+        time.sleep(0.01)
     with pytest.raises(NotRunningError):
         stop(tmp_path)
     second = background.launch(child(tmp_path), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from cvm_translator.observe.history import read_history
 from cvm_translator.observe.status import format_status, read_status, summarise
+from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import RunLock
 
@@ -38,6 +40,52 @@ def test_a_held_lock_means_running(make_run: Callable[..., Path]) -> None:
         status = read_status(root)
     assert (status["state"], status["exit_code"]) == ("running", 0)
     assert read_status(root)["state"] == "dead"
+
+
+def test_a_supervisor_without_a_trainer_means_restarting(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    with RunLock(root / "supervisor.lock"):
+        status = read_status(root)
+        assert (status["state"], status["exit_code"], status["health"]) == ("restarting", 0, [])
+        assert f"its supervisor {os.getpid()} starts another" in format_status(status)
+        with RunLock(root / "run.lock"):
+            status = read_status(root)
+        assert (status["state"], status["supervisor_pid"]) == ("running", os.getpid())
+        assert f"supervised by {os.getpid()}" in format_status(status)
+    assert read_status(make_run("done"))["supervisor_pid"] is None
+
+
+def test_a_hung_trainer_that_left_is_started_again(make_run: Callable[..., Path]) -> None:
+    """It wrote `stopped`, since SIGTERM made it leave; but that was not the end of the run."""
+    root = make_run(until="stopped")
+    with RunLock(root / "supervisor.lock"):
+        assert read_status(root)["state"] == "stopped"
+        with EventWriter(root / "logs" / "events.jsonl") as events:
+            events.write("warning", code="restart", message="the trainer hung; it is started again in 1 s")
+        assert read_status(root)["state"] == "restarting"
+
+
+def test_a_pause_is_a_state_and_no_stall(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    with RunLock(root / "run.lock"):
+        for kind, state in (("paused", "paused"), ("continued", "running"), ("paused", "paused"), ("train", "running")):
+            with EventWriter(root / "logs" / "events.jsonl") as events:
+                events.write(kind, step=5, stage="distil", reason="the disk is full")
+            status = read_status(root)
+            assert (status["state"], status["exit_code"]) == (state, 0)
+            is_paused = state == "paused"
+            assert status["paused"] == ("the disk is full" if is_paused else None)
+            assert ("paused (the disk is full) (process" in format_status(status)) == is_paused
+
+
+def test_a_validation_for_the_record_is_no_point_of_the_curve(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    before = len(read_history(RunLayout(root).events).validations)
+    with EventWriter(root / "logs" / "events.jsonl") as events:
+        events.write("validation", step=5, stage="distil", asked=True, scores={"bleu": 1.0})
+    history = read_history(RunLayout(root).events)
+    assert len(history.validations) == before
+    assert read_status(root)["validation"]["scores"] == {"bleu": 1.0}
 
 
 def test_no_folder_is_a_state_and_stays_away(tmp_path: Path) -> None:

@@ -148,6 +148,9 @@ class Program:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def errors_so_far(self) -> str:
+        return self._errors.read_text() if self._errors.exists() else ""
+
     def finish(self) -> Finished:
         self._process.join(100)
         assert self._process.exitcode is not None, "still running"

@@ -18,6 +18,7 @@ from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.initialization import init_random
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter, read_events
 from cvm_translator.training.guard import Judgement
 from cvm_translator.training.loop import TrainingLoop
@@ -79,6 +80,7 @@ class ScriptedJudge:
     widths: list[int] = field(default_factory=list)
     judged: list[list[int]] = field(default_factory=list)
     seen_weights: list[torch.Tensor] = field(default_factory=list)
+    observed: list[list[int]] = field(default_factory=list)
     num_started: int = 0
     """How often a new best was asked for."""
 
@@ -93,6 +95,12 @@ class ScriptedJudge:
         return Judgement(
             verdict, verdict in ("first", "improved"), is_degraded, f"it is {verdict}", {"drop": 0.1}, is_held
         )
+
+    def observe(self, state: LoopState, model: CvmTransformer, bits: int) -> None:
+        """Draws random numbers, as a real validation might."""
+        assert not model.training
+        torch.rand(7)
+        self.observed.append([state.attempt, state.step])
 
     def start_width(self) -> None:
         self.num_started += 1
@@ -155,6 +163,7 @@ class LoopBench:
                 prepare=round_weights,
                 faults=[FaultInjection(**fault) for fault in faults or []],
                 num_threads=1,
+                control=ControlFile(root / "control.json"),
             )
         )
         self.loops.append(loop)

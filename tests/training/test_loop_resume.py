@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ import torch
 from cvm_translator.checkpoints.folder import DiskFullError
 from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.errors import CheckpointError, Stopped
+from cvm_translator.training import room
 from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.state import LoopState
 
@@ -177,6 +179,17 @@ def test_a_stop_request_saves_at_the_steps_end(at_step: int, bench: Any) -> None
     assert bench.losses() == bench.losses("whole")
 
 
+def test_other_micro_batches_are_announced_once(bench: Any) -> None:
+    """As after a death for want of memory: no config has changed, the effective batch and its gradient are the same."""
+    bench.run(num_iterations=6)
+    for _ in range(2):
+        bench.build(num_iterations=9, grad_accum_steps=2).run()
+        bench.loops[-1].setup.events.flush()
+    first, second = bench.events("resumed")
+    assert (first["exact"], first["differences"]) == (False, ["grad_accum_steps: was 1, is 2"])
+    assert (second["exact"], second["differences"]) == (True, [])
+
+
 # -------------------------------------------------------------------------------------------- damage and full disks
 
 
@@ -226,25 +239,66 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(bench: Any) -> None:
     assert bench.losses() == bench.losses("whole")
 
 
-def test_a_full_disk_during_a_save_leaves_the_older_checkpoints(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = bench.run(folder="whole")
+def test_no_room_before_the_first_step_is_an_error(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = bench.build()
-    original, calls = loop.setup.store.save, [0]
-
-    def save(*arguments: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 3:
-            raise DiskFullError("no room for the checkpoint of step 5")
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(loop.setup.store, "save", save)
+    monkeypatch.setattr(loop.setup.store, "save", lambda *_, **__: (_ for _ in ()).throw(DiskFullError("no room")))
     with pytest.raises(DiskFullError):
         loop.run()
+
+
+def test_the_run_pauses_while_the_disk_is_full(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a save, at the judge's files and at a rollback's decision: it goes on by itself, and no bit is another."""
+    expected = bench.run(DEGRADED, folder="whole")
+    monkeypatch.setattr(room, "LOOK_EVERY_SECONDS", 0.001)
+    monkeypatch.setattr(room, "RETRY_AFTER_SECONDS", 0.002)
+    loop = bench.build(DEGRADED)
+
+    def refuse(owner: Any, method: str, calls_refused: tuple[int, ...]) -> None:
+        original, calls = getattr(owner, method), [0]
+
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if method != "judge" and calls[0] in calls_refused:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            result = original(*arguments, **options)
+            if calls[0] in calls_refused:
+                torch.rand(3)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return result
+
+        monkeypatch.setattr(owner, method, wrapper)
+
+    refuse(loop.setup.store, "save", (2, 3, 5))
+    refuse(loop.setup.judge, "judge", (1, 2))
+    refuse(loop.decision, "write", (1,))
+    outcome = loop.run()
     loop.setup.events.flush()
-    outcome = bench.run()
-    assert [event["step"] for event in bench.events("resumed")] == [3]
+    assert outcome.state == expected.state
     assert bench.losses() == bench.losses("whole")
-    assert_same_state(bench.weights(outcome), bench.weights(expected, "whole"))
+    assert_same_state(newest(bench.folder / "run"), newest(bench.folder / "whole"))
+    warnings = [e for e in bench.events("warning") if e["code"] == "disk_full"]
+    assert len(warnings) == len(bench.events("paused")) == len(bench.events("continued")) == 4
+    assert "pauses until there is room: " in warnings[0]["message"]
+
+
+def test_a_run_that_waits_for_room_can_be_stopped(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LOOK_EVERY_SECONDS", 0.001)
+    loop = bench.build()
+    loop._save()
+
+    def save(*_: Any, **__: Any) -> Any:
+        loop.setup.stop.request(signal.SIGTERM)
+        raise DiskFullError("no room for the checkpoint of step 3")
+
+    monkeypatch.setattr(loop.setup.store, "save", save)
+    with pytest.raises(Stopped) as stopped:
+        loop.run()
+    assert not stopped.value.is_saved
+    loop.setup.events.flush()
+    assert [e["step"] for e in bench.events("paused")] == [3]
+    monkeypatch.undo()
+    bench.run()
+    assert [e["step"] for e in bench.events("resumed")][-1] == 0
 
 
 def test_a_decision_is_carried_out_by_the_next_start(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

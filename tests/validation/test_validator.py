@@ -100,6 +100,20 @@ def test_a_resumed_validator_judges_as_the_uninterrupted_one(tmp_path, corpus, c
     assert got.verdict.verdict == "degraded"
 
 
+def test_a_validation_for_the_record_is_forgotten(tmp_path, corpus, config, evaluator, validator) -> None:
+    validator.validate(1000, 1, corpus.translator(0.4, 2))
+    before = json.dumps(validator.state_dict())
+    asked = validator.observe(1500, 1, corpus.translator(0.1, 3))
+    assert asked.verdict.is_new_best
+    assert asked.comparisons["best"]["step"] == 1000
+    assert json.dumps(validator.state_dict()) == before
+    assert (tmp_path / "asked" / "step_1500.json").exists()
+    assert not (tmp_path / "step_1500.json").exists()
+    result = validator.validate(2000, 1, corpus.translator(0.35, 4))
+    assert result.comparisons["previous"]["step"] == 1000
+    assert result.verdict.best_step == 1000
+
+
 def test_a_missing_or_torn_statistics_file_is_told(tmp_path, corpus, config, evaluator, validator) -> None:
     validator.validate(1000, 1, corpus.translator(0.3))
     state = validator.state_dict()

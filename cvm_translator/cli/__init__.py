@@ -1,0 +1,75 @@
+"""The command line: `cvm-translator COMMAND …`.
+
+Guarantees: an error is one line on standard error that names the setting or file, the value and the remedy, with the
+exit code of its kind (1 an error, 2 wrong usage, 3 not running, 4 failed, 5 the gate failed, 130/143 stopped after
+saving); `--debug` adds the traceback. Results go to standard output. Libraries are imported by the command that needs
+them, so `status`, `start`, `stop` and `monitor` never load torch, and `status`, `stop` and `monitor` no config either.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from cvm_translator.cli.models import MAX_LINE_BYTES, translate_stream
+from cvm_translator.cli.parser import build_parser
+from cvm_translator.cli.tell import tell
+from cvm_translator.errors import (
+    EXIT_CRASHED,
+    EXIT_ERROR,
+    EXIT_OUT_OF_MEMORY,
+    CvmError,
+    Stopped,
+    is_out_of_memory,
+)
+from cvm_translator.runs.heartbeat import is_supervised
+
+__all__ = ["MAX_LINE_BYTES", "build_parser", "find_exit_code", "main", "translate_stream"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Wrong usage leaves through SystemExit with code 2, as argparse does."""
+    options = build_parser().parse_args(arguments)
+    has_supervisor = is_supervised()
+    try:
+        exit_code: int = options.command(options)
+        sys.stdout.flush()
+    except Stopped as stopped:
+        saved = "everything is saved" if stopped.is_saved else "the steps since the last checkpoint will be repeated"
+        tell(f"stopped by {signal.Signals(stopped.signal_number).name}: {saved}")
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader has left (such as head): nothing to tell, and nothing may be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        tell(f"error: {describe_error(error)}")
+        return find_exit_code(error, has_supervisor=has_supervisor)
+    return exit_code
+
+
+def find_exit_code(error: Exception, *, has_supervisor: bool) -> int:
+    """The exit code of an error; a supervisor is also told what may have passed when the trainer is started again."""
+    if isinstance(error, CvmError):
+        return error.exit_code
+    if not has_supervisor:
+        return EXIT_ERROR
+    return EXIT_OUT_OF_MEMORY if is_out_of_memory(error) else EXIT_CRASHED
+
+
+def describe_error(error: Exception) -> str:
+    """One line for any error; only a CvmError was written for the user to read."""
+    if isinstance(error, CvmError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text} (this is a defect of the program; --debug shows where)"

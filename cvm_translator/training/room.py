@@ -1,0 +1,99 @@
+"""A full disk pauses a loop instead of ending it.
+
+Guarantees: what could not be written is written when there is room again, and the loop goes on from where it stood, bit
+for bit. While it waits, signals are obeyed (it then leaves with the last checkpoint that was saved) and the heartbeat
+goes on. Room that is missing before the first step is an error as any other: nothing would be lost by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from cvm_translator.checkpoints.folder import DiskFullError
+from cvm_translator.errors import CheckpointError, Stopped
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs.events import FULL_DISK
+from cvm_translator.training.guard import Judgement
+from cvm_translator.training.setup import LoopSetup
+from cvm_translator.training.state import LoopState, capture_random_state, restore_random_state
+
+LOOK_EVERY_SECONDS = 1.0
+RETRY_AFTER_SECONDS = 30.0
+"""Tried again after so long even if no more room is seen: a quota shows in no figure."""
+
+Result = TypeVar("Result")
+
+
+def is_full_disk(error: Exception) -> bool:
+    return isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in FULL_DISK)
+
+
+def with_room(
+    setup: LoopSetup, state: LoopState, work: Callable[[], Result], undo: Callable[[], object] | None = None
+) -> Result:
+    """Do `work`, as often as the disk is too full for it; `undo` takes back what a failed attempt has changed.
+
+    Raises Stopped when the run was asked to leave while it waited.
+    """
+    is_waiting = False
+    while True:
+        try:
+            result = work()
+        except (OSError, CheckpointError) as error:
+            if state.executed_steps == 0 or not is_full_disk(error):
+                raise
+            if not is_waiting:
+                is_waiting = True
+                _tell(setup, state, error)
+        else:
+            if is_waiting:
+                setup.events.write("continued", step=state.step, attempt=state.attempt, stage=setup.stage)
+            return result
+        _wait(setup)
+        setup.heartbeat.beat("save")
+        if undo is not None:
+            undo()
+
+
+def judge_with_room(
+    setup: LoopSetup, state: LoopState, build_model: Callable[[], CvmTransformer], bits: int
+) -> Judgement:
+    """The judgement of this step; one whose files found no room is made again, as if it were the first."""
+    before, random = copy.deepcopy(setup.judge.state_dict()), capture_random_state()
+
+    def undo() -> None:
+        setup.judge.load_state_dict(before)
+        restore_random_state(random)
+
+    return with_room(setup, state, lambda: setup.judge.judge(state, build_model(), bits), undo)
+
+
+def _tell(setup: LoopSetup, state: LoopState, error: Exception) -> None:
+    where: dict[str, Any] = {"step": state.step, "attempt": state.attempt, "stage": setup.stage}
+    message = f"the run pauses until there is room: {error}"
+    setup.events.write("warning", **where, code="disk_full", message=message)
+    setup.events.write("paused", **where, reason="the disk is full")
+    if setup.events.is_behind:  # no room for this line either: say it where the output goes
+        with contextlib.suppress(OSError):
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _wait(setup: LoopSetup) -> None:
+    """Return when there is more room than now, or after a while."""
+    free, deadline = _free_bytes(setup), time.monotonic() + RETRY_AFTER_SECONDS
+    while _free_bytes(setup) <= free and time.monotonic() < deadline:
+        setup.heartbeat.beat("waiting")
+        if setup.stop.signal_number is not None:
+            raise Stopped(setup.stop.signal_number, is_saved=False)
+        time.sleep(LOOK_EVERY_SECONDS)
+
+
+def _free_bytes(setup: LoopSetup) -> int:
+    disk = os.statvfs(setup.store.directory)
+    return disk.f_bavail * disk.f_frsize
