@@ -45,7 +45,7 @@ class Verdict:
     """1 - Q_new/Q_best."""
     drop_lower_bound: float | None = None
     drift: float | None = None
-    """What the lower bounds since the best add up to, each less the allowance; beyond the limit it is a slow decline."""
+    """What the lower bounds since the best add up to, each less the allowance; beyond a limit it is a slow decline."""
     best_step: int | None = None
     best_quality: float | None = None
     trend: float | None = None
