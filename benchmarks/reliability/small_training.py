@@ -28,9 +28,7 @@ from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.state import LoopState, seed_everything
 
 VOCAB = 24
-MODEL = ModelConfig(
-    dim=8, num_heads=2, feed_forward_dim=16, encoder_layers=1, decoder_layers=1, dropout=0.1, max_length=16
-)
+MODEL = {"num_heads": 2, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.1, "max_length": 16}
 SAVE_EVERY_STEPS = 2
 
 
@@ -58,14 +56,15 @@ class Content:
 
 
 def build_loop(
-    directory: Path, num_iterations: int, *, keep: int = 3, store: CheckpointStore | None = None
+    directory: Path, num_iterations: int, *, keep: int = 3, store: CheckpointStore | None = None, dim: int = 8
 ) -> TrainingLoop:
     """A loop whose checkpoints are in `directory/checkpoints`: every 2 steps, and a best one every 4."""
     torch.set_num_threads(1)
     generator = np.random.default_rng(3)
     sources = [generator.integers(4, VOCAB, generator.integers(1, 13)).tolist() for _ in range(64)]
     dataset = DistillationDataset(sources, [source[::-1] for source in sources])
-    student, teacher = CvmTransformer(MODEL, VOCAB), CvmTransformer(MODEL, VOCAB)
+    config = ModelConfig.model_validate(MODEL | {"dim": dim, "feed_forward_dim": 2 * dim})
+    student, teacher = CvmTransformer(config, VOCAB), CvmTransformer(config, VOCAB)
     init_random(student, 0)
     init_random(teacher, 1)
     settings = TrainingConfig(
@@ -113,7 +112,7 @@ def describe_state(loaded: LoadedCheckpoint) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return [str(value.dtype), list(value.shape), value.reshape(-1).contiguous().view(torch.uint8).tolist()]
+            return [str(value.dtype), list(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()]
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
