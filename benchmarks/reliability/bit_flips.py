@@ -23,6 +23,7 @@ import argparse
 import json
 import random
 import shutil
+import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -78,17 +79,22 @@ def draw_damages(
 
 
 def is_parsed(file: Path) -> bool:
-    """Whether the file's own parser finds nothing wrong."""
+    """Whether the file's own parser finds nothing wrong; what it only warns of is not counted as that."""
     try:
-        if file.suffix == ".safetensors":
-            safetensors.torch.load_file(file)
-        elif file.suffix == ".pt":
-            torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            json.loads(file.read_bytes())
+        with warnings.catch_warnings(action="ignore"):
+            _parse(file)
     except Exception:
         return False
     return True
+
+
+def _parse(file: Path) -> None:
+    if file.suffix == ".safetensors":
+        safetensors.torch.load_file(file)
+    elif file.suffix == ".pt":
+        torch.load(file, map_location="cpu", weights_only=True)
+    else:
+        json.loads(file.read_bytes())
 
 
 class Trials:
