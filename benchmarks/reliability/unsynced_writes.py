@@ -134,6 +134,8 @@ class Expected:
     """Name to the contents it may have, of the last committed checkpoint and of the one being saved."""
     bests: Mapping[str, Sequence[dict[str, Any]]]
     """The same of the best one."""
+    is_required: bool = True
+    """Whether something was committed, so that something must be found."""
 
 
 class Checker:
@@ -159,7 +161,7 @@ class Checker:
             self.failures[FOUND].append(f"{what}: {error}")
             return
         if loaded is None:
-            if expected.checkpoints:
+            if expected.is_required:
                 self.failures[FOUND].append(f"{what}: none")
             return
         name = loaded.path.name
@@ -168,7 +170,8 @@ class Checker:
             self.failures[COMMITTED].append(f"{what}: {name}")
         best = tree.get(BEST, "-> none").removeprefix("-> ")
         has_best = best in expected.bests and tree.get(best) in expected.bests[best]
-        if tree.get(LATEST) != f"-> {name}" or (expected.bests and not has_best):
+        is_behind = loaded.is_best and best != name
+        if tree.get(LATEST) != f"-> {name}" or is_behind or (expected.bests and not has_best):
             self.failures[LINKS].append(f"{what}: latest {tree.get(LATEST)}, best {best}, found {name}")
         damaged = [entry for entry in open_store(self.directory).names() if not self._is_valid(entry)]
         left = [entry for entry in tree if entry.startswith(".")]
@@ -214,8 +217,9 @@ def list_expected(scenario: Scenario, directory: Path) -> tuple[Expected, Expect
     old, old_best, new_best = target(before, LATEST), target(before, BEST), target(after, BEST)
     # A best that is saved again under its name stays the best, with the old content or the new one.
     during = Expected(
-        contents([(before, old), (after, new)]) if old else {},
+        contents([(before, old), (after, new)]),
         contents([(before, old_best), (after, new_best)]) if old_best else {},
+        is_required=old is not None,
     )
     return during, Expected(contents([(after, new)]), contents([(after, new_best)]))
 
@@ -226,8 +230,6 @@ def run_scenario(scenario: Scenario, checker: Checker, num_random: int) -> dict[
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     during, after = list_expected(scenario, directory)
-    if not during.checkpoints:  # nothing was committed: the new one may be there or not
-        during = Expected({}, {})
     recording = record(directory, lambda: scenario.save.run(open_store(directory)))
     num_states, num_recoveries = checker.num_states, 0
     points = list(list_unsynced(recording))

@@ -19,4 +19,5 @@ from cvm_translator.metrics.base import FloatArray
 
 def accumulate_drift(drift: FloatArray | float, drop_lower_bound: FloatArray | float, allowance: float) -> FloatArray:
     """S after one more validation that is no new best; numbers, or arrays of many runs at once."""
-    return np.maximum(0.0, np.asarray(drift) + np.asarray(drop_lower_bound) - allowance)
+    added = np.asarray(drift) + np.asarray(drop_lower_bound) - allowance
+    return np.asarray(np.maximum(0.0, added), dtype=np.float64)
