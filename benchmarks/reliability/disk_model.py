@@ -262,13 +262,11 @@ class _Recorder:
     def open(self, real_open: Callable[..., Any]) -> Callable[..., Any]:
         def recording_open(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
             parts = None if isinstance(file, int) or not set(mode) & set("wxa+") else self.parts(file)
+            if parts and self.now.find(parts) is not None:
+                raise BenchmarkError(f"{file} is written into in place: not modelled, and no checkpoint does it")
             stream = real_open(file, mode, *arguments, **options)
             if not parts:
                 return stream
-            if self.now.find(parts) is not None:
-                raise BenchmarkError(
-                    f"{file} is written into in place: that is not modelled, and no checkpoint does it"
-                )
             node = self.new_node(self.now.files, self.before.files, b"")
             self.change((parts, node))
             return _Stream(stream, lambda data: self.note(Write(node, data)))

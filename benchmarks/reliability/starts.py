@@ -16,6 +16,7 @@ It begins anew each time. The program ends with 1 if a check fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -116,10 +117,10 @@ def end_run(run_dir: Path) -> None:
     pids = {int(pid) for pid in ([holder["pid"]] if holder and holder.get("pid") else [])}
     pids |= {pid for pid in (find_parent(pid) for pid in list(pids)) if pid is not None}
     for pid in sorted(pids):
-        try:
-            os.killpg(os.getpgid(pid), signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        with contextlib.suppress(ProcessLookupError):
+            group = os.getpgid(pid)
+            if group != os.getpgrp():  # a start command that still waits is of this program's own group
+                os.killpg(group, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while read_holder(RunLayout(run_dir).lock) is not None:
         if time.monotonic() > deadline:
