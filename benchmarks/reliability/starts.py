@@ -57,7 +57,7 @@ CONFIG: dict[str, Any] = {
         "test_size": 20,
         "cleaning": {"language_check": False},
     },
-    "tokenizer": {"vocab_size": 120},
+    "tokenizer": {"vocab_size": 300},
     # So long that the winner still runs when the last command has been told so.
     "teacher": {"model": MODEL, "training": {"num_iterations": 1_000_000, "batch_size": 8, "warmup_steps": 10}},
     "student": {"model": MODEL},
@@ -183,7 +183,8 @@ def run_benchmark(options: Namespace) -> dict[str, Any]:
             is_told = start["exit_code"] == 1 and len(start["told"]) == 1 and MESSAGE.fullmatch(start["told"][0])
             if start["exit_code"] != 0 and not is_told:
                 failures[TOLD].append(f"exit code {start['exit_code']}: {' / '.join(start['told'])[:300]}")
-        log = (RunLayout(run_dir).logs / "daemon.log").read_text(encoding="utf-8", errors="replace")
+        logs = sorted(RunLayout(run_dir).logs.glob("*.log"))
+        log = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in logs)
         num_imports = len(IMPORTED_TORCH.findall(log)) + sum(start["imports_torch"] for start in ended)
         if num_imports > 1:
             failures[LIGHT].append(f"{num_imports} processes")
