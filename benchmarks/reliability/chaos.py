@@ -280,7 +280,10 @@ def run_round(arm: Arm, expected: Arm, record: Record, num_kills: int, seed: int
         if run.process is not None and run.process.is_alive():  # this program is being ended: let the run save
             run.process.terminate()
             run.process.join()
+        run.tail.close()
     compared = compare_runs(expected, arm)
+    # The teacher is shared: only the run that was the first to need it has its steps.
+    compared["missing_steps"] = [key for key in compared["missing_steps"] if key[0] == "distil"]
     record.data["rounds"].append({"compared": compared, "failures": find_failures(compared)})
     record.save()
     shutil.rmtree(arm.folder)
