@@ -182,11 +182,12 @@ class CheckpointStore:
                 self._remove(self.directory / name)
 
     def _remove(self, path: Path) -> None:
-        """Rename first, so that a half-removed folder never bears a checkpoint's name."""
+        """Rename first, and durably, so that a half-removed folder never bears a checkpoint's name."""
         self._manifests.pop(path.name, None)
         doomed = self.directory / f"{TEMPORARY_PREFIX}removed-{path.name}"
         try:
             os.rename(path, doomed)
+            fsync_directory(self.directory)
             shutil.rmtree(doomed)
         except OSError as error:
             self._report(f"old checkpoint {path} could not be removed: {error}")

@@ -402,6 +402,11 @@ class GuardConfig(Settings):
     confidence: float = Field(0.95, gt=0.5, lt=1.0)
     """Of the one-sided lower bound of the drop that must exceed the margin."""
     num_resamples: int = Field(2000, ge=2000)
+    drift_allowance: float = Field(0.5, ge=0.0)
+    """Share of degradation_threshold: certain drops below it do not count towards a slow decline."""
+    drift_limit: float | None = Field(0.6, gt=0.0)
+    """Share of degradation_threshold: certain drops that add up to more, each less the allowance, are a slow decline,
+    and so degraded; null: slow declines are not looked for."""
     quality_threshold: float = Field(0.9, gt=0.0, le=1.5)
     """Least share of the teacher's quality score, BLEU and chrF that passes the gate."""
     max_rollbacks: int = Field(3, ge=0)

@@ -2,15 +2,16 @@
 
 D = 1 - Q_new/Q_best. One resampling matrix (fixed seed) is applied to the stored per-sentence statistics of new, best
 and teacher alike. *Degraded*: the one-sided lower bound of D exceeds the margin. *Warning*: only the point estimate
-does. *Emergency*: over half of the output is empty, a loop or a copy. *No decision*: the validation set changed, or a
-metric that counts crashed or is NaN. Neither "lower than before" nor "p < 0.05 against the best of many" is asked:
+does. *Degraded* as well: a slow decline that no single validation shows (see `drift`). *Emergency*: over half of the
+output is empty, a loop or a copy. *No decision*: the validation set changed, or a metric that counts crashed or is NaN.
+Neither "lower than before" nor "p < 0.05 against the best of many" is asked:
 both raise false alarms in most healthy runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from cvm_translator.metrics.base import FloatArray
 from cvm_translator.metrics.resampling import confidence_interval, resampling_counts
 from cvm_translator.validation.config import ValidationConfig
+from cvm_translator.validation.drift import accumulate_drift
 from cvm_translator.validation.evaluator import QualityMeasurement
 from cvm_translator.validation.quality import QualityScale, draw_scores
 
@@ -42,6 +44,8 @@ class Verdict:
     drop: float | None = None
     """1 - Q_new/Q_best."""
     drop_lower_bound: float | None = None
+    drift: float | None = None
+    """What the lower bounds since the best add up to, each less the allowance; beyond a limit it is a slow decline."""
     best_step: int | None = None
     best_quality: float | None = None
     trend: float | None = None
@@ -95,6 +99,7 @@ class QualityDegradationDetector:
         self.history: list[tuple[int, int, float]] = []
         """Step, attempt and Q of every validation that had one."""
         self._drop_noise: float | None = None
+        self._drift = 0.0
 
     # ------------------------------------------------------------------------------------------------ numbers
 
@@ -196,16 +201,36 @@ class QualityDegradationDetector:
             return verdict
         self.history.append((step, attempt, verdict.quality_score))
         slope, message = describe_trend([quality for *_, quality in self.history[-TREND_WINDOW:]])
+        verdict = self._add_drift(verdict)
         if verdict.is_new_best:
             if self.best is not None:
                 ratios = 1.0 - self.drop_draws(new, self.best)  # Q_new/Q_best
                 self._drop_noise = float(ratios.std() / ratios.mean())
             self.best, self.best_at = new, (step, attempt)
-        return Verdict(**{**asdict(verdict), "trend": slope, "trend_message": message})
+        return replace(verdict, trend=slope, trend_message=message)
+
+    def _add_drift(self, verdict: Verdict) -> Verdict:
+        """Take the drop into the sum that tells a slow decline; the verdict says so where the sum exceeds its limit."""
+        guard = self.config.guard
+        if verdict.is_new_best or verdict.drop_lower_bound is None:
+            self._drift = 0.0
+            return replace(verdict, drift=self._drift)
+        allowance = guard.drift_allowance * verdict.margin
+        self._drift = float(accumulate_drift(self._drift, verdict.drop_lower_bound, allowance))
+        verdict = replace(verdict, drift=self._drift)
+        limit = guard.drift_limit * verdict.margin if guard.drift_limit is not None else np.inf
+        if verdict.asks_for_rollback or self._drift <= limit:
+            return verdict
+        reason = (
+            f"slow decline: since the best (step {verdict.best_step}) the lower bounds of the drops, each less"
+            f" {allowance:.1%}, add up to {self._drift:.1%}, limit {limit:.1%}; this validation {verdict.reason}"
+        )
+        return replace(verdict, verdict="degraded", reason=reason)
 
     def start_new_best(self) -> None:
         """Forget the best and the trend: what is measured from now on is not comparable (another bit width)."""
         self.best, self.best_at, self.history = None, None, []
+        self._drift = 0.0
 
     # -------------------------------------------------------------------------------------------------- state
 
@@ -215,6 +240,7 @@ class QualityDegradationDetector:
             "history": [list(entry) for entry in self.history],
             "best_at": list(self.best_at) if self.best_at else None,
             "drop_noise": self._drop_noise,
+            "drift": self._drift,
         }
 
     def load_state_dict(
@@ -223,6 +249,7 @@ class QualityDegradationDetector:
         """Restore; `load_measurement(step, attempt)` reads a stored measurement."""
         self.history = [(int(step), int(attempt), float(quality)) for step, attempt, quality in state["history"]]
         self._drop_noise = state["drop_noise"]
+        self._drift = float(state["drift"])
         self.best_at = (int(state["best_at"][0]), int(state["best_at"][1])) if state["best_at"] else None
         self.best = load_measurement(*self.best_at) if self.best_at else None
 

@@ -346,6 +346,7 @@ def test_everything_is_durable_before_anything_points_to_it(tmp_path: Path, monk
         "-> best_model",
         tmp_path.name,
         "-> .tmp-removed-checkpoint_1",
+        tmp_path.name,
     ]
 
 

@@ -145,6 +145,78 @@ def test_a_restored_detector_goes_on_as_the_original(config, evaluator, detector
     assert restored.smallest_detectable_drop() == detector.smallest_detectable_drop()
 
 
+# --------------------------------------------------------------------------------------------------- slow declines
+
+
+@pytest.fixture
+def judge_bounds(monkeypatch, measure):
+    """Judges validations of which only the lower bound of the drop is told: the rest of `compare` is left out."""
+    measurement = measure(0.2)
+
+    def judge_bounds(detector, bounds, first_step: int = 0) -> list[Verdict]:
+        verdicts = []
+        for step, bound in enumerate(bounds, start=first_step):
+            if bound is None:
+                told = Verdict("first" if detector.best is None else "improved", "", 0.05, quality_score=1.0)
+            else:
+                told = Verdict("healthy", "dropped", 0.05, quality_score=1.0, drop_lower_bound=bound, best_step=0)
+            monkeypatch.setattr(detector, "compare", lambda *_, told=told: told)
+            verdicts.append(detector.judge(measurement, step))
+        return verdicts
+
+    return judge_bounds
+
+
+def test_a_slow_decline_is_degraded_though_no_validation_is(detector, judge_bounds) -> None:
+    """By 1.5 % each time, of which 0.9 % is noise: the fifth validation is still certain of less than the margin."""
+    verdicts = judge_bounds(detector, [None, 0.006, 0.021, 0.036, 0.048])
+    assert [verdict.verdict for verdict in verdicts] == ["first", "healthy", "healthy", "healthy", "degraded"]
+    assert [verdict.drift for verdict in verdicts] == pytest.approx([0.0, 0.0, 0.0, 0.011, 0.034])
+    assert verdicts[-1].asks_for_rollback
+    assert verdicts[-1].reason == (
+        "slow decline: since the best (step 0) the lower bounds of the drops, each less 2.5%, add up to 3.4%, limit "
+        "3.0%; this validation dropped"
+    )
+
+
+def test_a_small_loss_that_stays_is_no_decline(detector, judge_bounds) -> None:
+    assert {verdict.verdict for verdict in judge_bounds(detector, [None, *[0.025] * 100])} == {"first", "healthy"}
+
+
+def test_a_new_best_and_a_recovery_end_a_decline(detector, judge_bounds) -> None:
+    verdicts = judge_bounds(detector, [None, 0.05, 0.02, -0.02, 0.03, None, 0.03])
+    assert [verdict.drift for verdict in verdicts] == pytest.approx([0.0, 0.025, 0.02, 0.0, 0.005, 0.0, 0.005])
+
+
+def test_slow_declines_are_not_looked_for_without_a_limit(config, evaluator, measure, judge_bounds) -> None:
+    config = replace(config, guard=config.guard.model_copy(update={"drift_limit": None}))
+    detector = build_detector(config, evaluator, measure(0.2, seed=99))
+    assert judge_bounds(detector, [None, *[0.049] * 9])[-1].verdict == "healthy"
+
+
+def test_a_restored_detector_remembers_a_decline(config, evaluator, detector, judge_bounds, measure) -> None:
+    judge_bounds(detector, [None, 0.03, 0.0345678901234567])
+    restored = build_detector(config, evaluator, detector._teacher)
+    restored.load_state_dict(json.loads(json.dumps(detector.state_dict())), lambda step, attempt: measure(0.2))
+    assert judge_bounds(restored, [0.02], 3) == judge_bounds(detector, [0.02], 3)
+    restored.start_new_best()
+    assert restored.state_dict()["drift"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["crash", "worse"])
+def test_no_decision_adds_nothing_to_a_decline(detector, measure, kind: str) -> None:
+    detector.judge(measure(0.2), 1000)
+    detector.judge(measure(0.3), 2000)
+    drift = detector.state_dict()["drift"]
+    new = measure(0.35)
+    verdict = detector.judge(replace(new, failures={"bleu": "boom"}) if kind == "crash" else new, 3000)
+    assert drift > 0
+    if kind == "crash":
+        assert (verdict.verdict, verdict.drift, detector.state_dict()["drift"]) == ("no_decision", None, drift)
+    else:
+        assert verdict.drift == detector.state_dict()["drift"] > drift
+
+
 def test_another_bit_width_starts_a_new_best(detector, measure) -> None:
     detector.judge(measure(0.2), 1000)
     detector.start_new_best()
