@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cvm_translator.observe.text import as_number, parse_time
-from cvm_translator.runs.events import parse_event
+from cvm_translator.runs.events import parse_event, read_lines
 
 Event = dict[str, Any]
 
@@ -189,37 +189,31 @@ def of_stage(events: Iterable[Event], stage: str) -> list[Event]:
 
 
 def read_history(path: Path, *, recent_train_only: bool = False) -> History:
-    """The history in an events file; a missing file gives an empty one.
+    """The history in an events file and its rotated ones; a missing file gives an empty one.
 
     With `recent_train_only` the train events before the newest 200 are passed over unparsed: all that a status needs,
     ten times as fast.
     """
     history = History()
-    if path.exists():
-        for event in _newest_train_only(path) if recent_train_only else _all_events(path):
-            history.add(event)
+    lines = read_lines(path)
+    for event in _newest_train_only(lines) if recent_train_only else _parsed(lines):
+        history.add(event)
     return history
 
 
-def _all_events(path: Path) -> Iterator[Event]:
-    with open(path, "rb") as stream:
-        yield from _parsed(stream)
-
-
-def _newest_train_only(path: Path) -> Iterator[Event]:
+def _newest_train_only(lines: Iterable[bytes]) -> Iterator[Event]:
     """Events in order, of the train events only the newest 200."""
     waiting: deque[tuple[int, bytes]] = deque(maxlen=NUM_RECENT)
     others: list[tuple[int, bytes]] = []
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream):
-            # A quote inside a JSON string is escaped, so these bytes can only be the key itself.
-            is_train = b'"kind": "train"' in line or b'"kind":"train"' in line
-            (waiting if is_train else others).append((number, line))
+    for number, line in enumerate(lines):
+        # A quote inside a JSON string is escaped, so these bytes can only be the key itself.
+        is_train = b'"kind": "train"' in line or b'"kind":"train"' in line
+        (waiting if is_train else others).append((number, line))
     return _parsed(line for _, line in sorted([*others, *waiting]))
 
 
 def _parsed(lines: Iterable[bytes]) -> Iterator[Event]:
-    """Whole lines only; torn and foreign ones are passed over."""
+    """Foreign lines are passed over."""
     for line in lines:
-        if line.endswith(b"\n") and (event := parse_event(line)) is not None:
+        if (event := parse_event(line)) is not None:
             yield event
