@@ -37,7 +37,7 @@ from cvm_translator.training.signals import StopRequest
 STAGES = ("corpus", "tokenizer", "teacher", "distil", "quantise", "gate", "report")
 
 # Settings that may differ when a run folder is taken up again: they change no number, or (threads) are announced.
-_FREE_SETTINGS = ("output_dir", "tensorboard", "num_threads")
+_FREE_SETTINGS = ("output_dir", "tensorboard", "logging", "num_threads")
 
 
 class ModelDistiller:
@@ -85,7 +85,7 @@ class ModelDistiller:
         configure_threads(num_threads, device, deterministic=self.config.deterministic)
         run_id = self._write_environment(describe_environment(device))
         events = EventWriter(self.layout.events)
-        self._listeners: list[Any] = [TextLog(self.layout.train_log)]
+        self._listeners: list[Any] = [TextLog(self.layout.train_log, self.config.logging)]
         if self.config.tensorboard:
             self._listeners.append(TensorBoardLog(self.layout.tensorboard))
         if self._progress:

@@ -142,9 +142,9 @@ class _Snapshot:
                     now.append(_identity(os.stat(candidate)))
         return now == self.identities
 
-    def close(self, *, keep: BinaryIO | None = None) -> None:
+    def close(self, *, keep: _Generation | None = None) -> None:
         for stream in self.streams:
-            if stream is not keep:
+            if keep is None or stream is not keep.stream:
                 stream.close()
 
 
@@ -153,10 +153,8 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 class FileTail:
-    """Reads the lines that a file gained since the last look.
-
-    With `with_rotated` the first look tells the numbered older generations as well.
-    """
+    """Reads the lines that a file gained since the last look; with `with_rotated` the first look tells the numbered
+    older generations as well."""
 
     def __init__(self, path: Path, *, with_rotated: bool = False) -> None:
         self.path = path
@@ -247,7 +245,7 @@ class FileTail:
         new = [index for index, head in enumerate(numbered.heads) if self._is_new(head)]
         between, last = self._read_newer(numbered, opened, new if place is None else range(place))
         self._known = numbered.heads
-        numbered.close(keep=last and last.stream)
+        numbered.close(keep=last)
         self._keep_previous(last, old, is_emptied)
         self._current = opened
         return lines + between + opened.read_lines()
