@@ -38,8 +38,7 @@ class Alert:
 
 
 WARNING_ALERTS = {
-    "restarted": ("restart", "WARNING"),
-    "out_of_memory": ("restart", "WARNING"),
+    "restart": ("restart", "WARNING"),
     "hang": ("stalled_step", "WARNING"),
     "low_disk": ("low_disk", "WARNING"),
     "disk_full": ("low_disk", "CRITICAL"),

@@ -23,6 +23,8 @@ Event = dict[str, Any]
 TRAIN_FIELDS = ("loss", "distillation_loss", "task_loss", "accuracy", "learning_rate", "grad_norm", "num_tokens")
 STEP_STAGES = ("teacher", "distil")
 NUM_RECENT = 200
+RESTART_CODE = "restart"
+"""Of the warning by which a supervisor tells that it starts the trainer again."""
 LIFECYCLE = ("run_started", "stopped", "failed", "run_finished")
 
 
@@ -90,7 +92,8 @@ class History:
     rollbacks: list[Event] = field(default_factory=list)
     warnings: list[Event] = field(default_factory=list)
     restarts: list[Event] = field(default_factory=list)
-    """Each run_started of a process whose forerunner had gone without a word."""
+    """Each restart after a death: the supervisor's warning of it, or else the run_started of a process whose
+    forerunner had gone without a word."""
     num_events: int = 0
     step: int | None = None
     """Newest step of the current stage, or the one a rollback went back to."""
@@ -98,6 +101,8 @@ class History:
     last_advance: float | None = None
     """Time of the last event that shows work: any but a heartbeat with the step of the one before."""
     _heartbeat_mark: tuple[Any, Any] | None = None
+    _is_restart_told: bool = False
+    """Whether the supervisor has told of the restart that the next run_started is."""
 
     def add(self, event: Event) -> None:
         """Fold in one event. Unknown kinds are counted and otherwise passed over: a newer writer may have them."""
@@ -111,8 +116,8 @@ class History:
         if kind == "train":
             self._add_train(event)
         elif kind in LIFECYCLE:
-            if kind == "run_started" and (self.lifecycle or {}).get("kind") == "run_started":
-                self.restarts.append(event)
+            if kind == "run_started":
+                self._count_restart(event)
             self.lifecycle = event
             if kind == "run_started":
                 self.run_started, self.stages_finished = event, {}
@@ -135,6 +140,14 @@ class History:
             getattr(self, f"{kind}s").append(event)
             if kind == "validation":
                 self.last_validation = event
+            if kind == "warning" and event.get("code") == RESTART_CODE:
+                self.restarts.append(event)
+                self._is_restart_told = True
+
+    def _count_restart(self, event: Event) -> None:
+        if not self._is_restart_told and (self.lifecycle or {}).get("kind") == "run_started":
+            self.restarts.append(event)
+        self._is_restart_told = False
 
     def _advances(self, event: Event) -> bool:
         mark = (event.get("stage"), event.get("step"))
