@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.reliability.rotations import measure_tail
 from cvm_translator.runs import tail as tail_module
 from cvm_translator.runs.tail import FileTail, generation_paths, rotated_paths
 
@@ -238,3 +239,11 @@ def test_the_file_before_is_let_go_of_after_a_while(path: Path, monkeypatch: pyt
     assert tail.poll_lines() == [] and tail._previous is None
     writer.stream.close()
     tail.close()
+
+
+@pytest.mark.timeout(300)
+def test_another_process_rotates_all_the_time(tmp_path: Path) -> None:
+    """The quick instance of `python -m benchmarks.reliability.rotations`, which does it 1,000 times."""
+    found = measure_tail(tmp_path, num_rotations=60)
+    assert (found.lost, found.doubled, found.out_of_order) == (0, 0, 0)
+    assert found.num_rotations == 60 and 0 < found.num_copies < 60 and found.num_lines > 100
