@@ -276,17 +276,15 @@ def format_results(data: dict[str, Any]) -> str:
         f"- doubled: {tail['doubled']}",
         f"- out of order: {tail['out_of_order']}",
         "",
-        "Processor time of a monitor of an idle run, and its share of a core with a look a second and a report every five"
-        " minutes:",
+        "Processor time of a monitor of an idle run; its share of a core with a look a second, a report every 5 minutes:",
         "",
         "| screen | looks | a look | a report | together |",
         "| --- | --- | --- | --- | --- |",
     ]
     for rest in data["rest"]:
-        lines.append(
-            f"| {rest['screen']} | {rest['num_looks']} in {rest['seconds']:.0f} s | {1000 * rest['look_seconds']:.1f} ms"
-            f" | {rest['report_seconds']:.2f} s | {100 * rest['share']:.2f} % |"
-        )
+        looks = f"{rest['num_looks']} in {rest['seconds']:.0f} s"
+        times = f"{1000 * rest['look_seconds']:.1f} ms | {rest['report_seconds']:.2f} s"
+        lines.append(f"| {rest['screen']} | {looks} | {times} | {100 * rest['share']:.2f} % |")
     return "\n".join(lines)
 
 
