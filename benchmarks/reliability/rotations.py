@@ -276,7 +276,7 @@ def format_results(data: dict[str, Any]) -> str:
         f"- doubled: {tail['doubled']}",
         f"- out of order: {tail['out_of_order']}",
         "",
-        "Processor time of a monitor of an idle run; its share of a core with a look a second, a report every 5 minutes:",
+        "A monitor of an idle run, in processor time; together with a look a second and a report every 5 minutes:",
         "",
         "| screen | looks | a look | a report | together |",
         "| --- | --- | --- | --- | --- |",
