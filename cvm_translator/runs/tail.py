@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -122,7 +122,11 @@ class _Generation:
 
 
 class _Snapshot:
-    """The numbered files as they lay at one moment, newest first, opened."""
+    """The numbered files as they lay at one moment, newest first, opened, and the present file if there was one.
+
+    How the numbered ones begin is read after the present one was opened: a copy that was being made of it has then
+    either been finished, or begins no further than the present one does.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,6 +135,9 @@ class _Snapshot:
             with contextlib.suppress(*_MISSING, PermissionError, IsADirectoryError):
                 self.streams.append(open(candidate, "rb"))  # noqa: SIM115 (closed by `close` or kept by the tail)
         self.identities = [_identity(os.fstat(stream.fileno())) for stream in self.streams]
+        self.present: _Generation | None = None
+        with contextlib.suppress(*_MISSING):
+            self.present = _Generation(open(path, "rb"))  # noqa: SIM115 (kept open between looks)
         self.heads = [_read_head(stream) for stream in self.streams]
 
     def is_current(self) -> bool:
@@ -142,9 +149,19 @@ class _Snapshot:
                     now.append(_identity(os.stat(candidate)))
         return now == self.identities
 
-    def close(self, *, keep: _Generation | None = None) -> None:
-        for stream in self.streams:
-            if keep is None or stream is not keep.stream:
+    def find_parts(self, places: Iterable[int]) -> list[int]:
+        """Of some places those that hold a part of the history, newest first: neither empty nor a copy of the next."""
+        parts = []
+        newer = self.present.head if self.present else b""
+        for place in sorted(places):
+            if self.heads[place] and not _is_copy(self.heads[place], newer):
+                parts.append(place)
+                newer = self.heads[place]
+        return parts
+
+    def close(self, *, keep: int | None = None) -> None:
+        for place, stream in enumerate(self.streams):
+            if place != keep:
                 stream.close()
 
 
@@ -170,118 +187,70 @@ class FileTail:
         lines: list[bytes] = []
         if self._previous is not None:
             lines += self._previous.read_lines()
+            if self._previous.head not in self._known:
+                self._known.append(self._previous.head)
             if time.monotonic() - self._turned_at > LINGER_SECONDS:
                 self._previous.stream.close()
                 self._previous = None
-        if self._current is None:
-            return lines + self._begin()
         try:
-            is_same = _identity(os.stat(self.path)) == self._current.identity
+            is_same = self._current is not None and _identity(os.stat(self.path)) == self._current.identity
         except _MISSING:  # between two names, or gone; a writer that has it open may go on in it
             return lines + self._read_on()
-        if is_same and (self._current.is_intact() or self._current.shrink()):
-            passed = self._pass_over() if self._current.is_young() else []
-            return lines + passed + self._current.read_lines()
+        current = self._current
+        if is_same and current and not current.is_young() and (current.is_intact() or current.shrink()):
+            return lines + current.read_lines()
         return lines + self._turn(is_same)
 
-    def _begin(self) -> list[bytes]:
-        """The first look."""
-        snapshot = self._take_snapshot()
-        if snapshot is None:
-            return []
-        numbered, opened = snapshot
-        lines: list[bytes] = []
-        if self._with_rotated:
-            lines = self._read_newer(numbered, opened, range(len(numbered.heads)))[0]
-        self._known = numbered.heads
-        numbered.close()
-        self._current = opened
-        return lines + opened.read_lines()
-
-    def _take_snapshot(self) -> tuple[_Snapshot, _Generation] | None:
-        """The numbered files and the present one at one moment; None while they are being renamed."""
-        numbered = _Snapshot(self.path)
-        try:
-            opened = _Generation(open(self.path, "rb"))  # noqa: SIM115 (kept open between looks)
-        except _MISSING:
-            numbered.close()
-            return None
-        if not numbered.is_current():
-            numbered.close()
-            opened.stream.close()
-            return None
-        return numbered, opened
-
-    def _pass_over(self) -> list[bytes]:
-        """Lines of generations that came and went while hardly anything was read of the present one."""
-        assert self._current is not None
-        numbered = _Snapshot(self.path)
-        new = [place for place, head in enumerate(numbered.heads) if self._is_new(head)]
-        lines: list[bytes] = []
-        if new and numbered.is_current():
-            lines = self._read_newer(numbered, self._current, new)[0]
-            self._known = numbered.heads
-        numbered.close()
-        return lines
+    def _read_on(self) -> list[bytes]:
+        """What the generation at hand gained. One without a whole line waits: it may be exchanged before it is read,
+        and others may have come before it."""
+        return [] if self._current is None or self._current.is_young() else self._current.read_lines()
 
     def _turn(self, is_same: bool) -> list[bytes]:
         """Finish the generation that was read, read those between, and go over to the present one.
 
         While files are being renamed nothing is decided: the generation at hand stays open, and the next look does it.
         """
-        assert self._current is not None
-        snapshot, old = self._take_snapshot(), self._current
-        if snapshot is None:
+        snapshot, old = _Snapshot(self.path), self._current
+        if snapshot.present is None or not snapshot.is_current():
+            snapshot.close()
+            if snapshot.present is not None:
+                snapshot.present.stream.close()
             return [] if is_same else self._read_on()
-        numbered, opened = snapshot
+        lines, places = self._finish(old, snapshot, is_same)
+        parts = snapshot.find_parts(places)
+        generations = [_Generation(snapshot.streams[place]) for place in reversed(parts)]
+        lines += [line for generation in generations for line in generation.read_lines()]
+        self._known = [snapshot.heads[place] for place in snapshot.find_parts(range(len(snapshot.heads)))]
+        snapshot.close(keep=parts[0] if parts else None)
+        is_renamed = old is not None and not is_same and old.is_intact()
+        self._keep_previous(generations[-1] if generations else old if is_renamed else None, old)
+        self._current = snapshot.present
+        return lines + self._read_on()
+
+    def _finish(self, old: _Generation | None, snapshot: _Snapshot, is_same: bool) -> tuple[list[bytes], Iterable[int]]:
+        """What is left of the generation at hand, and where those lie that may have come after it."""
+        everything = range(len(snapshot.heads))
+        if old is None:
+            return [], everything if self._with_rotated else ()
         is_emptied = is_same or not old.is_intact()
-        place = _find(old, numbered, is_emptied)
+        place = _find(old, snapshot, is_emptied)
         lines: list[bytes] = []
         if is_emptied and place is not None:  # it was copied before it was emptied: the rest is in the copy
-            lines = _Generation(numbered.streams[place], old.offset, old.partial).read_lines()
-        elif not is_emptied and not (old.is_young() and old.identity in numbered.identities):
+            lines = _Generation(snapshot.streams[place], old.offset, old.partial).read_lines()
+        elif not is_emptied and not (old.is_young() and old.identity in snapshot.identities):
             lines = old.read_lines()
-            self._known = [*self._known, old.head]
-        new = [index for index, head in enumerate(numbered.heads) if self._is_new(head)]
-        between, last = self._read_newer(numbered, opened, new if place is None else range(place))
-        self._known = numbered.heads
-        numbered.close(keep=last)
-        self._keep_previous(last, old, is_emptied)
-        self._current = opened
-        return lines + between + opened.read_lines()
+        known = {*self._known, old.head} if lines else {*self._known}
+        return lines, range(place) if place is not None else [n for n in everything if snapshot.heads[n] not in known]
 
-    def _read_on(self) -> list[bytes]:
-        """What the generation at hand gained; not of one that others may have come before."""
-        assert self._current is not None
-        return [] if self._current.is_young() else self._current.read_lines()
-
-    def _read_newer(
-        self, numbered: _Snapshot, present: _Generation, places: Sequence[int]
-    ) -> tuple[list[bytes], _Generation | None]:
-        """The lines of some numbered files, oldest first, and the newest of these files.
-
-        A file that begins like the next newer one is a copy of it; its lines come from that one.
-        """
-        parts: list[_Generation] = []
-        newer = _read_head(present.stream)
-        for place in sorted(places):
-            if not _is_copy(numbered.heads[place], newer):
-                parts.append(_Generation(numbered.streams[place]))
-                newer = numbered.heads[place] or newer
-        return [line for part in reversed(parts) for line in part.read_lines()], parts[0] if parts else None
-
-    def _keep_previous(self, last: _Generation | None, old: _Generation, is_emptied: bool) -> None:
+    def _keep_previous(self, last: _Generation | None, old: _Generation | None) -> None:
         """The generation just before the present one is looked at a little longer."""
-        if self._previous is not None:
-            self._previous.stream.close()
-        if last is None and not is_emptied:
-            last = old
-        else:
+        if old is not None and old is not last:
             old.stream.close()
-        self._previous, self._turned_at = last, time.monotonic()
-
-    def _is_new(self, head: bytes) -> bool:
-        return bool(head) and head not in self._known
+        if last is not None:
+            if self._previous is not None:
+                self._previous.stream.close()
+            self._previous, self._turned_at = last, time.monotonic()
 
     def close(self) -> None:
         for generation in (self._previous, self._current):
@@ -290,13 +259,13 @@ class FileTail:
         self._previous = self._current = None
 
 
-def _find(old: _Generation, numbered: _Snapshot, is_emptied: bool) -> int | None:
+def _find(old: _Generation, snapshot: _Snapshot, is_emptied: bool) -> int | None:
     """Where a generation lies now among the numbered files; one that was emptied, its copy.
 
     Of one that hardly anything was read of the place says nothing: others may have come and gone before it.
     """
     if old.is_young():
         return None
-    if not is_emptied and old.identity in numbered.identities:
-        return numbered.identities.index(old.identity)
-    return next((place for place, head in enumerate(numbered.heads) if head == old.head), None)
+    if not is_emptied and old.identity in snapshot.identities:
+        return snapshot.identities.index(old.identity)
+    return next((place for place, head in enumerate(snapshot.heads) if head == old.head), None)
