@@ -3,7 +3,8 @@
 Guarantees: every event carries `schema_version`, `time` (UTC, ISO 8601), `kind`, `step` and `attempt`. Numbers are
 written with all their digits, so the losses of a replayed step can be compared bit for bit; a number that JSON cannot
 hold (NaN, infinity) is written as a string. A line torn by a crash or a full disk is closed off by the next write, and
-readers pass over it. What each kind holds is written down in `events.schema.json` (see `schema`).
+readers pass over it. No secret that this process has read is written. What each kind holds is written down in
+`events.schema.json` (see `schema`).
 
 The diary is never rotated by us: status, reports and a resume read the whole of it. Where somebody else rotates it
 (`events.jsonl.1`, `.2` …), the writer goes on in the new file and readers read the numbered ones as well.
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cvm_translator.runs.secrets import redact
 from cvm_translator.runs.tail import FileTail, generation_paths
 
 SCHEMA_VERSION = 1
@@ -96,6 +98,8 @@ class EventWriter:
         event = {"schema_version": SCHEMA_VERSION, "time": time, "kind": kind, "step": step, "attempt": attempt}
         event |= _plain(fields)
         line = json.dumps(event, ensure_ascii=False, allow_nan=False, default=str)
+        if (clean := redact(line)) != line:
+            line, event = clean, json.loads(clean)
         self._buffer.append(line.encode("utf-8", "backslashreplace") + b"\n")
         for listener in self.listeners:
             listener(event)

@@ -71,6 +71,7 @@ def add_secret(value: str) -> None:
     for part in list(found):
         found |= {urllib.parse.quote(part), urllib.parse.quote(part, safe=""), urllib.parse.quote_plus(part)}
         found |= {urllib.parse.unquote(part), json.dumps(part)[1:-1], repr(part)[1:-1]}
+        found |= {json.dumps(part, ensure_ascii=False)[1:-1]}
     _needles[:] = sorted({*_needles, *filter(None, found)}, key=len, reverse=True)
 
 

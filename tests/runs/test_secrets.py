@@ -13,6 +13,7 @@ import pytest
 
 from cvm_translator.errors import ConfigError
 from cvm_translator.runs import secrets
+from cvm_translator.runs.events import EventWriter, read_events
 from cvm_translator.runs.secrets import Secret, read_secret_file, read_secret_variable, redact
 
 TOKEN = "xCanaryTok3n/With+Signs="
@@ -81,6 +82,19 @@ def test_no_part_of_it_is_left(text: str) -> None:
     shown = redact(text)
     assert "canary" not in shown.lower()
     assert "[redacted]" in shown
+
+
+def test_events_and_their_listeners_never_hold_it(tmp_path: Path) -> None:
+    """A secret with signs that JSON escapes, in values, keys and lists."""
+    for value in (URL, 'canary "quoted" \\ Grüße\t1'):
+        Secret(value, "$HOOK")
+        heard: list[object] = []
+        with EventWriter(tmp_path / "events.jsonl") as events:
+            events.listeners.append(heard.append)
+            events.write("warning", message=f"cannot reach {value}", details={value: [value]}, step=3)
+    text = (tmp_path / "events.jsonl").read_text() + repr(heard)
+    assert "canary" not in text.lower() and text.count("[redacted]") == 9
+    assert [event["step"] for event in read_events(tmp_path / "events.jsonl")] == [3, 3]
 
 
 def test_ordinary_text_stays() -> None:
