@@ -3,7 +3,7 @@
 Guarantees: the monitor never waits for a target: each has a thread of its own, which sends alerts in their order and
 tries one that was not taken again and again, backing off with jitter. What is owed to whom is written down in
 `monitor/deliveries.jsonl` before the alert is told anywhere else, so the next monitor sends what this one could not,
-and nothing twice; only where the process dies between the answer and the note of it is an alert sent again (its `key`,
+and nothing twice; only where the process ends between the answer and the note of it is an alert sent again (its `key`,
 also in the header Idempotency-Key, tells). Of two monitors at one run folder the first delivers. A disk that is full
 costs the notes, not the alerts.
 """
@@ -219,7 +219,7 @@ class Deliveries:
             Alert(
                 f"not_delivered/{lane.target.name.replace(' ', '_')}/{now[:13]}",
                 "WARNING",
-                f"{lane.target.name} does not take alerts: {lane.failure}; {len(lane.waiting)} wait and are sent later",
+                f"{lane.target.name} does not take alerts: {lane.failure}; left to send: {len(lane.waiting)}",
                 now,
             )
             for lane in self.lanes
@@ -231,7 +231,7 @@ class Deliveries:
         deadline = time.monotonic() + wait_seconds
         left = [(lane.target.name, lane.close(deadline)) for lane in self.lanes]
         self.ledger.close()
-        return [f"{name} has not taken {number} alerts: the next monitor sends them" for name, number in left if number]
+        return [f"{name} has not taken all alerts ({n} left): the next monitor sends them" for name, n in left if n]
 
 
 def _now() -> str:

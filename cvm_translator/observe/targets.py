@@ -82,11 +82,21 @@ class _NoRedirection(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _is_webhook(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        has_host = bool(parts.hostname) and parts.username is None and parts.port != 0
+    except ValueError:  # a port or an address that is none
+        return False
+    return parts.scheme in ("http", "https") and has_host and url.isascii() and url.isprintable() and " " not in url
+
+
 def _build_webhook(option: str, url: Secret) -> Callable[[Payload], None]:
-    parts = urllib.parse.urlsplit(url.reveal())
-    is_plain = url.reveal().isascii() and url.reveal().isprintable() and " " not in url.reveal()
-    if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
-        raise ConfigError(f"{option}: {url.origin} does not hold a webhook's URL: it begins with https:// or http://")
+    if not _is_webhook(url.reveal()):
+        raise ConfigError(
+            f"{option}: {url.origin} does not hold a webhook's URL: that is https:// or http://, a host without user"
+            " and password, and a path, in ASCII and without blanks"
+        )
     opener = urllib.request.build_opener(_NoRedirection)
 
     def send(payload: Payload) -> None:

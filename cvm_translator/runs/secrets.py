@@ -77,7 +77,10 @@ def add_secret(value: str) -> None:
 
 def _telling_parts(value: str) -> set[str]:
     """Of a URL: what comes after the host, the user and password, and each token; of other text: nothing more."""
-    parts = urllib.parse.urlsplit(value)
+    try:
+        parts = urllib.parse.urlsplit(value)
+    except ValueError:
+        return set()
     if not parts.scheme or not parts.netloc:
         return set()
     tail = value.split(parts.netloc, 1)[1].strip("/")
