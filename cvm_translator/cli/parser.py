@@ -39,6 +39,13 @@ def _group_size(text: str) -> int | str:
     return size
 
 
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise ValueError
+    return number
+
+
 def _bleu(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 100:
@@ -49,7 +56,7 @@ def _bleu(text: str) -> float:
 # what argparse calls a bad value of theirs
 _positive.__name__, _seconds.__name__ = "number from 1 up", "number of seconds above 0"
 _group_size.__name__ = "even number from 2 up, or row"
-_bleu.__name__ = "number of BLEU from 0 up"
+_bleu.__name__, _port.__name__ = "number of BLEU from 0 up", "port from 0 to 65535"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--report-every", type=_seconds, default=300.0, metavar="SECONDS", help="write monitor/status_report so often"
     )
     monitor.add_argument("--refresh", type=_seconds, default=1.0, metavar="SECONDS", help="look at the files so often")
+    _add_alert_options(monitor)
 
     unit = add("service-unit", running.service_unit, "print a systemd unit that keeps a run going")
     _add_config(unit, has_progress=False, metavar="CONFIG|RUN_DIR")
@@ -154,6 +162,33 @@ def build_parser() -> argparse.ArgumentParser:
         add("build", models.corpus_build, "read, clean and split the text", corpus_commands), has_progress=False
     )
     return parser
+
+
+def _add_alert_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--webhook-url-env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="send alerts to the webhook whose URL is in this environment variable; repeatable",
+    )
+    command.add_argument(
+        "--webhook-url-file",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="the same, with the URL in a file; repeatable",
+    )
+    command.add_argument(
+        "--alert-command",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="run this without a shell for each alert, the alert as JSON on its standard input; repeatable",
+    )
+    command.add_argument("--metrics-port", type=_port, metavar="N", help="offer metrics to Prometheus (0: a free port)")
+    command.add_argument("--metrics-host", default="127.0.0.1", metavar="ADDRESS", help="where (default 127.0.0.1)")
 
 
 def _add_export_options(command: argparse.ArgumentParser) -> None:

@@ -98,6 +98,7 @@ def status(options: Options) -> int:
 
 def monitor(options: Options) -> int:
     from cvm_translator.observe.monitor import main as monitor
+    from cvm_translator.observe.targets import TargetOptions
 
     if not options.once:
         os.nice(5)  # a run on a busy machine goes first
@@ -107,4 +108,7 @@ def monitor(options: Options) -> int:
         as_json=options.json,
         report_every_seconds=options.report_every,
         refresh_seconds=options.refresh,
+        targets=TargetOptions(options.webhook_url_env, options.webhook_url_file, options.alert_command),
+        metrics_port=options.metrics_port,
+        metrics_host=options.metrics_host,
     )

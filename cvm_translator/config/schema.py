@@ -495,6 +495,15 @@ class QuantizationConfig(Settings):
         return self
 
 
+class LoggingConfig(Settings):
+    """How large the text logs grow. The events (logs/events.jsonl) are the run's diary and are never rotated."""
+
+    max_mib: float = Field(20.0, ge=0.001)
+    """Size at which logs/train.log and logs/daemon.log become train.log.1 and daemon.log.1."""
+    backups: int = Field(3, ge=1)
+    """How many such older files are kept of each."""
+
+
 class FaultInjection(Settings):
     """A fault planted for tests and benchmarks of the guard, which is told nothing about it.
 
@@ -532,6 +541,7 @@ class RunConfig(Settings):
     keep_checkpoints: int = Field(3, ge=2)
     """Newest checkpoints kept beside the best one and the rollback targets."""
     tensorboard: bool = True
+    logging: LoggingConfig = LoggingConfig()
     fault_injection: list[FaultInjection] = Field(default_factory=list)
     """Documented test setting: faults to plant (see FaultInjection)."""
 

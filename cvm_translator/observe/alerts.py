@@ -1,12 +1,14 @@
-"""What somebody should be told, once.
+"""What somebody should be told, once: degradation, rollback, halt, stall, death, restart, low disk, gate, the end.
 
 Guarantees: every alert has a key made from what happened (the event's time, the process, the step), and a key is told
 once, also by a monitor that is started again: the keys in `monitor/alerts.log` are read back. The log holds one line
-an alert, `time LEVEL key: message`, with foreign characters escaped.
+an alert, `time LEVEL key: message`, with foreign characters escaped and secrets left out; where it cannot be written
+(a full disk), alerts are shown all the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,9 +37,20 @@ class Alert:
         return f"{self.time} {self.level} {self.key}: {printable(self.message)}"
 
 
-def alerts_of_event(event: Event) -> list[Alert]:
-    """Degradation, emergency, rollback, halt, failure, a failed gate, an inexact resume and the end of the run."""
+WARNING_ALERTS = {
+    "restart": ("restart", "WARNING"),
+    "disk_full": ("low_disk", "CRITICAL"),
+}
+"""Alerts that a run raises itself, by the code of its `warning` event."""
+
+
+def alerts_of_event(event: Event, *, is_restart: bool = False) -> list[Alert]:
+    """What an event calls for; `is_restart` says that the process before this run_started had gone without a word."""
     kind, found = event["kind"], []
+    if kind == "run_started" and is_restart:
+        found.append(("restart", "WARNING"))
+    if kind == "warning" and str(event.get("code")) in WARNING_ALERTS:
+        found.append(WARNING_ALERTS[str(event["code"])])
     if kind == "verdict" and event.get("verdict") in ("warning", "degraded", "emergency"):
         found.append(("degradation", "WARNING"))
     if kind == "verdict" and event.get("action") == "halt":
@@ -90,16 +103,18 @@ class AlertBook:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             self._keys = {line.split(" ")[2].rstrip(":") for line in lines if line.count(" ") >= 3}
 
+    def find_new(self, alerts: Iterable[Alert]) -> list[Alert]:
+        """Those that have not been told."""
+        return list({alert.key: alert for alert in alerts if alert.key not in self._keys}.values())
+
     def tell(self, alerts: Iterable[Alert]) -> list[Alert]:
         """The alerts that are new, now written to the log."""
-        new: list[Alert] = []
-        for alert in alerts:
-            if alert.key not in self._keys:
-                self._keys.add(alert.key)
-                new.append(alert)
+        new = self.find_new(alerts)
+        self._keys |= {alert.key for alert in new}
         if new and self.path.parent.parent.is_dir():
-            self.path.parent.mkdir(exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.writelines(alert.line() + "\n" for alert in new)
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as stream:
+                    stream.writelines(alert.line() + "\n" for alert in new)
         self.told += new
         return new

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from cvm_translator.observe.text import as_number, parse_time
-from cvm_translator.runs.events import parse_event
+from cvm_translator.runs.events import parse_event, read_lines
 
 Event = dict[str, Any]
 
 TRAIN_FIELDS = ("loss", "distillation_loss", "task_loss", "accuracy", "learning_rate", "grad_norm", "num_tokens")
 STEP_STAGES = ("teacher", "distil")
 NUM_RECENT = 200
+RESTART_CODE = "restart"
+"""Of the warning by which a supervisor tells that it starts the trainer again."""
 LIFECYCLE = ("run_started", "stopped", "failed", "run_finished")
 
 
@@ -89,6 +91,9 @@ class History:
     checkpoints: list[Event] = field(default_factory=list)
     rollbacks: list[Event] = field(default_factory=list)
     warnings: list[Event] = field(default_factory=list)
+    restarts: list[Event] = field(default_factory=list)
+    """Each restart after a death: the supervisor's warning of it, or else the run_started of a process whose
+    forerunner had gone without a word."""
     num_events: int = 0
     step: int | None = None
     """Newest step of the current stage, or the one a rollback went back to."""
@@ -100,6 +105,8 @@ class History:
     last_advance: float | None = None
     """Time of the last event that shows work: any but a heartbeat with the step of the one before."""
     _heartbeat_mark: tuple[Any, Any] | None = None
+    _is_restart_told: bool = False
+    """Whether the supervisor has told of the restart that the next run_started is."""
 
     def add(self, event: Event) -> None:
         """Fold in one event. Unknown kinds are counted and otherwise passed over: a newer writer may have them."""
@@ -117,6 +124,8 @@ class History:
         elif kind == "paused":
             self.paused = str(event.get("reason"))
         elif kind in LIFECYCLE:
+            if kind == "run_started":
+                self._count_restart(event)
             self.lifecycle = event
             if kind == "run_started":
                 self.run_started, self.stages_finished = event, {}
@@ -141,7 +150,15 @@ class History:
                 self.validations.append(event)
         elif kind in ("verdict", "checkpoint", "warning"):
             getattr(self, f"{kind}s").append(event)
-            self.is_restarting |= kind == "warning" and event.get("code") == "restart"
+            if kind == "warning" and event.get("code") == RESTART_CODE:
+                self.is_restarting = True
+                self.restarts.append(event)
+                self._is_restart_told = True
+
+    def _count_restart(self, event: Event) -> None:
+        if not self._is_restart_told and (self.lifecycle or {}).get("kind") == "run_started":
+            self.restarts.append(event)
+        self._is_restart_told = False
 
     def _advances(self, event: Event) -> bool:
         mark = (event.get("stage"), event.get("step"))
@@ -200,37 +217,31 @@ def of_stage(events: Iterable[Event], stage: str) -> list[Event]:
 
 
 def read_history(path: Path, *, recent_train_only: bool = False) -> History:
-    """The history in an events file; a missing file gives an empty one.
+    """The history in an events file and its rotated ones; a missing file gives an empty one.
 
     With `recent_train_only` the train events before the newest 200 are passed over unparsed: all that a status needs,
     ten times as fast.
     """
     history = History()
-    if path.exists():
-        for event in _newest_train_only(path) if recent_train_only else _all_events(path):
-            history.add(event)
+    lines = read_lines(path)
+    for event in _newest_train_only(lines) if recent_train_only else _parsed(lines):
+        history.add(event)
     return history
 
 
-def _all_events(path: Path) -> Iterator[Event]:
-    with open(path, "rb") as stream:
-        yield from _parsed(stream)
-
-
-def _newest_train_only(path: Path) -> Iterator[Event]:
+def _newest_train_only(lines: Iterable[bytes]) -> Iterator[Event]:
     """Events in order, of the train events only the newest 200."""
     waiting: deque[tuple[int, bytes]] = deque(maxlen=NUM_RECENT)
     others: list[tuple[int, bytes]] = []
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream):
-            # A quote inside a JSON string is escaped, so these bytes can only be the key itself.
-            is_train = b'"kind": "train"' in line or b'"kind":"train"' in line
-            (waiting if is_train else others).append((number, line))
+    for number, line in enumerate(lines):
+        # A quote inside a JSON string is escaped, so these bytes can only be the key itself.
+        is_train = b'"kind": "train"' in line or b'"kind":"train"' in line
+        (waiting if is_train else others).append((number, line))
     return _parsed(line for _, line in sorted([*others, *waiting]))
 
 
 def _parsed(lines: Iterable[bytes]) -> Iterator[Event]:
-    """Whole lines only; torn and foreign ones are passed over."""
+    """Foreign lines are passed over."""
     for line in lines:
-        if line.endswith(b"\n") and (event := parse_event(line)) is not None:
+        if (event := parse_event(line)) is not None:
             yield event

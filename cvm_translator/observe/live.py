@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cvm_translator.observe import describe
 from cvm_translator.observe.alerts import Alert
-from cvm_translator.observe.history import History
-from cvm_translator.observe.status import free_bytes
+from cvm_translator.observe.history import History, of_stage
+from cvm_translator.observe.machine import MachineFigures
 from cvm_translator.observe.text import (
     as_number,
     format_bytes,
@@ -26,7 +27,6 @@ from cvm_translator.observe.text import (
     printable,
     short_metric_name,
 )
-from cvm_translator.runs.layout import RunLayout
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,10 +52,9 @@ def sparkline(values: Sequence[float], width: int = 48) -> str:
 
 
 def build_view(
-    layout: RunLayout,
     status: Mapping[str, Any],
     history: History,
-    process: Mapping[str, float] | None,
+    machine: MachineFigures,
     alerts: Sequence[Alert],
     log_lines: Sequence[str],
     height: int = 50,
@@ -74,7 +73,7 @@ def build_view(
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, text in _lines(layout, status, history, process):
+    for name, text in _lines(status, history, machine):
         if text:
             grid.add_row(name, Text(printable(text)))
     parts += [Text(), grid]
@@ -112,17 +111,12 @@ def _progress(status: Mapping[str, Any]) -> list[RenderableType]:
     return [line, bar]
 
 
-def _lines(
-    layout: RunLayout, status: Mapping[str, Any], history: History, process: Mapping[str, float] | None
-) -> list[tuple[str, str]]:
+def _lines(status: Mapping[str, Any], history: History, machine: MachineFigures) -> list[tuple[str, str]]:
     losses, checkpoint = status["losses"] or {}, status["checkpoint"] or {}
     curve = history.curves.get(status["stage"] or "")
     trend = sparkline(curve.columns["loss"][-2000:]) if curve else ""
     quality = [as_number(v.get("quality_score")) for v in history.student_validations()]
     rate = losses.get("learning_rate")
-    machine = [f"disk {format_bytes(free_bytes(layout.root))} free"]
-    if process:
-        machine.insert(0, f"CPU {process['cpu_percent']:.0f} %, memory {format_count(process['memory_mib'])} MiB")
     rollbacks = [f"{r['from_step']} -> {r['to_step']} ({r['reason']})" for r in status["rollbacks"]]
     rest = "  no step for " + format_seconds(status["idle_seconds"]) if (status["idle_seconds"] or 0) > 30 else ""
     return [
@@ -131,7 +125,7 @@ def _lines(
         ("", trend),
         ("learning rate", f"{as_number(rate):.3g}" if is_known(rate) else ""),
         ("quality", f"{sparkline(quality)}  best at step {status['best_step']}" if len(quality) > 1 else ""),
-        ("verdict", describe.describe_verdict(status["verdict"]) if status["verdict"] else ""),
+        ("verdict", _describe_verdicts(status, history)),
         ("rollbacks", "; ".join(rollbacks)),
         (
             "checkpoint",
@@ -141,8 +135,27 @@ def _lines(
             "warnings",
             f"{status['num_warnings']}, last: {status['last_warning']['message']}" if status["last_warning"] else "",
         ),
-        ("machine", ", ".join(machine)),
+        ("machine", _describe_machine(machine)),
     ]
+
+
+def _describe_machine(machine: MachineFigures) -> str:
+    process = machine.process
+    parts = [f"CPU {process['cpu_percent']:.0f} %, memory {format_count(process['memory_mib'])} MiB"] if process else []
+    parts += [
+        f"GPU {gpu.index} {format_count(gpu.utilization_percent)} %"
+        f" ({format_count(gpu.memory_used_mib)} of {format_count(gpu.memory_total_mib)} MiB, {gpu.name})"
+        for gpu in machine.gpus
+    ]
+    return ", ".join([*parts, f"disk {format_bytes(machine.disk_free_bytes)} free"])
+
+
+def _describe_verdicts(status: Mapping[str, Any], history: History) -> str:
+    """The last verdict, and how many there were of each."""
+    shown = of_stage(history.verdicts, "teacher" if status["stage"] == "teacher" else "distil")
+    counts = Counter(str(event.get("verdict")).replace("_", " ") for event in shown)
+    told = ", ".join(f"{number} {name}" for name, number in counts.most_common())
+    return f"{describe.describe_verdict(status['verdict'])}  ({told})" if status["verdict"] else ""
 
 
 def _scores(status: Mapping[str, Any], history: History, only: Sequence[str] | None) -> Table:

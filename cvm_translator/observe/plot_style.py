@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import io
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from cvm_translator.observe.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +57,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
+MAX_LABEL_LENGTH = 40
 _lock = threading.Lock()
 Plot = TypeVar("Plot", bound=Callable[..., "bytes | None"])
 
@@ -84,8 +88,16 @@ def build_figure(rows: int, columns: int, width: float, height: float) -> tuple[
 
 def to_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in its place says the same
+        figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
+
+
+def plot_label(name: str) -> str:
+    """Foreign text as a label: printable, and no longer than a panel is wide."""
+    text = printable(name)
+    return text if len(text) <= MAX_LABEL_LENGTH else text[: MAX_LABEL_LENGTH - 1] + "…"
 
 
 def add_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:

@@ -24,11 +24,12 @@ from cvm_translator.observe.plot_style import (
     add_legend,
     build_figure,
     build_handle,
+    plot_label,
     style_steps_axis,
     styled,
     to_png,
 )
-from cvm_translator.observe.text import as_number, error_name, is_known, ordered_metrics, printable, short_metric_name
+from cvm_translator.observe.text import as_number, error_name, is_known, ordered_metrics, short_metric_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,7 +211,7 @@ def _plot_metric(axes: Axes, name: str, kept: Sequence[Event], gone: Sequence[Ev
     teacher = 1.0 if name == "quality_score" else _teacher_score(kept, name)
     if math.isfinite(teacher):
         axes.axhline(teacher, color=TEACHER, linestyle=(0, (5, 2)), linewidth=1.4)
-    axes.set_title(short_metric_name(name))
+    axes.set_title(plot_label(short_metric_name(name)))
     units = {
         "quality_score": "share of the teacher's",
         "exact_match": "% of sentences",
@@ -273,7 +274,8 @@ def plot_retention(
             text, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
             color=colour, fontsize=8.5, ha=side if threshold <= 1 else "center",
         )  # fmt: skip
-    axes.set_yticks(range(len(names)), [short_metric_name(name) + (" *" if name in gated else "") for name in names])
+    labels = [plot_label(short_metric_name(name)) + (" *" if name in gated else "") for name in names]
+    axes.set_yticks(range(len(names)), labels)
     axes.tick_params(axis="y", labelcolor=INK, length=0)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("% of the teacher's score on the test set" + ("   (* judged by the gate)" if gated else ""))
@@ -301,7 +303,7 @@ def plot_errors(
         steps, values = zip(*points, strict=True)
         axes.fill_between(steps, values, color=STUDENT, alpha=0.13, linewidth=0)
         axes.plot(steps, values, color=STUDENT, marker="o", markersize=3)
-        axes.set_title(printable(error_name(name)))
+        axes.set_title(plot_label(error_name(name)))
         peak = max(values)
         level = as_number((teacher or {}).get(name))
         if math.isfinite(level):

@@ -59,12 +59,11 @@ class ScheduledReports:
             return  # the folder was taken away; a reader does not make it again
         try:
             write_status_report(self.layout.root, round(self.every_seconds))
-        except OSError as error:  # a full disk must not end the monitor, but be told
+        except Exception as error:  # a full disk, or what a run put into its files, must not end the monitor
             now = datetime.now(UTC).isoformat(timespec="seconds")
+            reason = f"the status report was not written: {type(error).__name__}: {error}"
             with self._guard:
-                self._failures.append(
-                    Alert(f"report_failed/{now[:13]}", "WARNING", f"the status report was not written: {error}", now)
-                )
+                self._failures.append(Alert(f"report_failed/{now[:13]}", "WARNING", reason, now))
 
     def take_failures(self) -> list[Alert]:
         with self._guard:

@@ -21,8 +21,10 @@ from cvm_translator.observe.describe import (
     format_status,
 )
 from cvm_translator.observe.history import Event
+from cvm_translator.observe.machine import MachineWatch
 from cvm_translator.observe.text import printable
-from cvm_translator.observe.watch import ProcessWatch, RunWatch
+from cvm_translator.observe.watch import RunWatch
+from cvm_translator.runs.secrets import redact
 
 PROGRESS_LINE_SECONDS = 60.0
 END_STATES = ("done", "failed")
@@ -34,7 +36,7 @@ class View:
 
     watch: RunWatch
     book: AlertBook
-    process: ProcessWatch
+    machine: MachineWatch
 
 
 class Screen(Protocol):
@@ -57,12 +59,10 @@ class LiveScreen:
         from cvm_translator.observe.live import build_view
 
         watch = view.watch
-        process = view.process.measure(watch.holder)
         drawn = build_view(
-            watch.layout,
             status,
             watch.history,
-            process,
+            view.machine.figures,
             view.book.told,
             list(watch.log_lines),
             self._live.console.height,
@@ -118,7 +118,7 @@ class JsonScreen:
         mark = (status["state"], status["stage"], status["step"], status["attempt"], view.watch.history.num_events)
         if mark != self._last or alerts:
             told = [{"key": alert.key, "level": alert.level, "message": alert.message} for alert in alerts]
-            print(json.dumps(status | {"alerts": told}, ensure_ascii=True), flush=True)
+            print(redact(json.dumps(status | {"alerts": told}, ensure_ascii=True)), flush=True)
         self._last = mark
 
     def close(self) -> None:

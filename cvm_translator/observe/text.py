@@ -1,8 +1,8 @@
 """Numbers and foreign text, made fit to be shown.
 
 Guarantees: `printable` leaves no character that a terminal, a browser or an editor would act upon (control characters,
-escape sequences, direction overrides, invisible ones); `escape_markdown` leaves none that GitHub's Markdown would.
-Text of the corpus and of models always passes through here. Letters of any script stay as they are.
+escape sequences, direction overrides, invisible ones), and no secret; `escape_markdown` leaves none that GitHub's
+Markdown would. Text of the corpus and of models always passes through here. Letters of any script stay as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 import unicodedata
 from datetime import datetime
 from typing import Any
+
+from cvm_translator.runs.secrets import redact
 
 NOT_MEASURED = "not measured"
 
@@ -69,8 +71,9 @@ def ordered_metrics(keys: Any) -> list[str]:
 
 
 def printable(text: Any, *, keep_newlines: bool = False) -> str:
-    """The text with every character that acts instead of showing written as an escape such as `\\x1b`."""
-    plain = str(text)
+    """The text with every character that acts instead of showing written as an escape such as `\\x1b`, and without
+    the secrets that this process knows."""
+    plain = redact(str(text))
     if plain.isascii() and plain.isprintable():
         return plain
     return "".join(_visible(character, keep_newlines) for character in plain)

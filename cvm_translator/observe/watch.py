@@ -8,18 +8,16 @@ monotonic clock, so a wall clock that jumps raises no alarm.
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 from cvm_translator.observe.history import Event, History
 from cvm_translator.observe.status import find_state, summarise
 from cvm_translator.runs.events import EventTail
 from cvm_translator.runs.layout import RunLayout
-from cvm_translator.runs.lock import process_start_time, read_holder
+from cvm_translator.runs.lock import read_holder
 
 
 class RunWatch:
@@ -111,40 +109,3 @@ class FileHints:
         if self._observer is not None and self._observer.is_alive():
             self._observer.stop()
             self._observer.join(timeout=5)
-
-
-class ProcessWatch:
-    """Processor and memory use of the run's process and its children."""
-
-    def __init__(self) -> None:
-        self._process: Any = None
-
-    def measure(self, holder: Mapping[str, Any] | None) -> dict[str, float] | None:
-        """Figures of the process that holds the run's lock, or None where it is gone, elsewhere or not ours to see.
-
-        A process with another start time is a stranger under a reused id.
-        """
-        import psutil
-
-        pid = (holder or {}).get("pid")
-        if (
-            holder is None
-            or not isinstance(pid, int)
-            or holder.get("host", socket.gethostname()) != socket.gethostname()
-        ):
-            return None
-        if holder.get("process_start_time") not in (None, process_start_time(pid)):
-            return None
-        try:
-            if self._process is None or self._process.pid != pid:
-                self._process = psutil.Process(pid)
-            family = [self._process, *self._process.children(recursive=True)]
-            memory = sum(process.memory_info().rss for process in family)
-            return {
-                "cpu_percent": self._process.cpu_percent(),
-                "memory_mib": memory / 2**20,
-                "num_threads": float(self._process.num_threads()),
-            }
-        except psutil.Error:
-            self._process = None
-            return None

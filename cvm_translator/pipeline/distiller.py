@@ -39,7 +39,7 @@ from cvm_translator.training.signals import StopRequest
 STAGES = ("corpus", "tokenizer", "teacher", "distil", "quantise", "gate", "report")
 
 # Settings that may differ when a run folder is taken up again: they change no number, or (threads) are announced.
-_FREE_SETTINGS = ("output_dir", "tensorboard", "num_threads")
+_FREE_SETTINGS = ("output_dir", "tensorboard", "logging", "num_threads")
 
 
 class ModelDistiller:
@@ -100,7 +100,7 @@ class ModelDistiller:
         control = ControlFile(self.layout.control)
         stale = control.begin(self.layout.events, is_restart=self._heartbeat.num_restarts > 0)
         events = EventWriter(self.layout.events)
-        self._listeners: list[Any] = [TextLog(self.layout.train_log)]
+        self._listeners: list[Any] = [TextLog(self.layout.train_log, self.config.logging)]
         if self.config.tensorboard:
             self._listeners.append(TensorBoardLog(self.layout.tensorboard))
         if self._progress:

@@ -19,6 +19,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent
 from tensorboardX.summary import scalar
 
+from cvm_translator.config.schema import LoggingConfig
+from cvm_translator.runs.rotation import QuietRotatingHandler, rotate_copy
+
 Event = dict[str, Any]
 
 
@@ -105,19 +108,21 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _QuietFileHandler(logging.FileHandler):
-    """Loses a line that cannot be written, instead of printing a traceback about it."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
 class TextLog:
-    """logs/train.log: a line for each event but the single steps, with the time in UTC."""
+    """logs/train.log: a line for each event but the single steps, with the time in UTC.
 
-    def __init__(self, path: Path) -> None:
+    It rotates by size; at every heartbeat the log of the background process beside it is looked at as well.
+    """
+
+    def __init__(self, path: Path, settings: LoggingConfig | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._handler = _QuietFileHandler(path, encoding="utf-8", errors="backslashreplace")
+        settings = settings or LoggingConfig()
+        self._limits = (round(settings.max_mib * 2**20), settings.backups)
+        self._daemon_log = path.with_name("daemon.log")
+        max_bytes, num_backups = self._limits
+        self._handler = QuietRotatingHandler(
+            path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8", errors="backslashreplace"
+        )
         formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
         formatter.converter = time.gmtime
         self._handler.setFormatter(formatter)
@@ -125,6 +130,8 @@ class TextLog:
         self._logger.addHandler(self._handler)
 
     def __call__(self, event: Event) -> None:
+        if event["kind"] == "progress":
+            rotate_copy(self._daemon_log, *self._limits)
         line = describe_event(event)
         if line is None:
             return

@@ -3,7 +3,11 @@
 Guarantees: every event carries `schema_version`, `time` (UTC, ISO 8601), `kind`, `step` and `attempt`. Numbers are
 written with all their digits, so the losses of a replayed step can be compared bit for bit; a number that JSON cannot
 hold (NaN, infinity) is written as a string. A line torn by a crash or a full disk is closed off by the next write, and
-readers pass over it; what a full disk refused is kept and written when there is room.
+readers pass over it; what a full disk refused is kept and written when there is room. No secret that this process has
+read is written. What each kind holds is written down in `events.schema.json` (see `schema`).
+
+The diary is never rotated by us: status, reports and a resume read the whole of it. Where somebody else rotates it
+(`events.jsonl.1`, `.2` …), the writer goes on in the new file and readers read the numbered ones as well.
 
 Per-step `train` events are buffered and written together with the next other event or at `flush`.
 """
@@ -19,6 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from cvm_translator.runs.secrets import redact
+from cvm_translator.runs.tail import FileTail, generation_paths
 
 SCHEMA_VERSION = 1
 
@@ -59,11 +66,30 @@ class EventWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = open(path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the writer)
-        self._is_torn = self._stream.tell() > 0 and not _ends_with_newline(path)
+        self.path = path
+        self._open()
         self._buffer: list[bytes] = []
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with each event as it is made: the log, the progress display and TensorBoard hang on here."""
+
+    def _open(self) -> None:
+        self._stream = open(self.path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the writer)
+        status = os.fstat(self._stream.fileno())
+        self._identity = (status.st_dev, status.st_ino)
+        self._is_torn = self._stream.tell() > 0 and not _ends_with_newline(self.path)
+
+    def _follow_rotation(self) -> None:
+        """Go over to the new file where somebody moved the old one away; its folder is not made again."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            if not self.path.parent.is_dir():
+                return
+        else:
+            if (status.st_dev, status.st_ino) == self._identity:
+                return
+        self._stream.close()
+        self._open()
 
     def write(self, kind: str, *, step: int | None = None, attempt: int = 1, **fields: Any) -> None:
         """Append one event and everything buffered before it; where there is no room they wait for the next write."""
@@ -86,6 +112,8 @@ class EventWriter:
         event = {"schema_version": SCHEMA_VERSION, "time": time, "kind": kind, "step": step, "attempt": attempt}
         event |= _plain(fields)
         line = json.dumps(event, ensure_ascii=False, allow_nan=False, default=str)
+        if (clean := redact(line)) != line:
+            line, event = clean, json.loads(clean)
         self._buffer.append(line.encode("utf-8", "backslashreplace") + b"\n")
         for listener in self.listeners:
             listener(event)
@@ -102,6 +130,7 @@ class EventWriter:
 
     def _append(self) -> None:
         """Write what is buffered; of a line that was torn half-way the whole is kept."""
+        self._follow_rotation()
         data, num_written = memoryview(b"".join(self._buffer)), 0
         was_torn, self._is_torn = self._is_torn, True
         try:
@@ -151,13 +180,19 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole events of a file, oldest first; a missing file has none."""
-    if not path.exists():
-        return
-    with open(path, "rb") as stream:
-        for line in stream:
-            if line.endswith(b"\n") and (event := parse_event(line)) is not None:
-                yield event
+    """All whole events of a diary, oldest first, those of its rotated files included; a missing file has none."""
+    for line in read_lines(path):
+        if (event := parse_event(line)) is not None:
+            yield event
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The whole lines of a file and of its rotated ones, oldest first; a torn line at an end is left out."""
+    for part in generation_paths(path):
+        with open(part, "rb") as stream:
+            for line in stream:
+                if line.endswith(b"\n"):
+                    yield line.strip(b"\0")
 
 
 def sum_stage_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -185,56 +220,12 @@ def sum_stage_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     return seconds
 
 
-class EventTail:
-    """Reads what a growing file gained since the last poll.
-
-    The place is kept as (device, inode, offset), so a rotated or truncated file is read anew from its start, and the
-    rest of a rotated one is read to its end first.
-    """
+class EventTail(FileTail):
+    """Reads the events that a diary gained since the last look, those of its rotated files (`events.jsonl.1` …) first;
+    nothing is lost or told twice (see `tail`)."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stream: Any = None
-        self._identity: tuple[int, int] | None = None
-        self._partial = b""
+        super().__init__(path, with_rotated=True)
 
     def poll(self) -> list[dict[str, Any]]:
         return [event for line in self.poll_lines() if (event := parse_event(line)) is not None]
-
-    def poll_lines(self) -> list[bytes]:
-        """Whole new lines, without their ends."""
-        lines: list[bytes] = []
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            status = None
-        identity = (status.st_dev, status.st_ino) if status else None
-        if self._stream is not None and identity != self._identity:
-            lines += self._read()
-            self._close()
-        if self._stream is None:
-            if identity is None:
-                return lines
-            try:
-                self._stream = open(self.path, "rb")  # noqa: SIM115 (kept open between polls)
-            except FileNotFoundError:
-                return lines
-            opened = os.fstat(self._stream.fileno())
-            self._identity = (opened.st_dev, opened.st_ino)
-        elif status is not None and status.st_size < self._stream.tell():
-            self._stream.seek(0)
-            self._partial = b""
-        return lines + self._read()
-
-    def _read(self) -> list[bytes]:
-        data = self._partial + self._stream.read()
-        *lines, self._partial = data.split(b"\n")
-        return [line for line in lines if line]
-
-    def _close(self) -> None:
-        self._stream.close()
-        self._stream, self._identity, self._partial = None, None, b""
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._close()

@@ -99,7 +99,16 @@ def write_events(root: Path, *, total: int = 1000, until: str = "run_finished", 
     for step in range(1, total // 2 + 1):
         _train(events, "teacher", step, total // 2, 1, step, noise)
     events.write(
-        "validation", step=total // 2, stage="teacher", scores=TEACHER, quality_score=None, retentions={}, probes={}
+        "validation",
+        step=total // 2,
+        stage="teacher",
+        scores=TEACHER,
+        teacher_scores={},
+        quality_score=None,
+        retentions={},
+        probes={},
+        decode_tokens_per_second=None,
+        seconds=9.0,
     )
     events.write("stage_finished", stage="teacher", seconds=total * 0.2, skipped=False, summary={})
     events.write("stage_started", stage="distil")
@@ -134,6 +143,7 @@ def _distil(events: EventsFile, total: int, rollback: bool, noise: random.Random
             events.write(
                 "progress", step=step, attempt=attempt, after=0.0, stage="distil", num_iterations=total,
                 steps_per_second=2.5, tokens_per_second=1530.0, eta_seconds=(total - step) / 2.5, memory_mib=913.0,
+                loss=2.5, distillation_loss=2.0, task_loss=4.5,
             )  # fmt: skip
         if step % every:
             continue
@@ -144,16 +154,18 @@ def _distil(events: EventsFile, total: int, rollback: bool, noise: random.Random
         if quality > best_quality:
             best, best_quality = step, quality
         events.write(
-            "verdict", step=step, attempt=attempt, verdict=name, drop=drop, drop_lower_bound=drop and drop - 0.02,
+            "verdict", step=step, attempt=attempt, stage="distil", bits=16, verdict=name, drop=drop,
+            drop_lower_bound=drop and drop - 0.02,
             margin=0.05, best_step=best, reason="quality below best", action="roll_back" if bad else "keep",
         )  # fmt: skip
         events.write(
-            "checkpoint", step=step, attempt=attempt, path=f"checkpoints/checkpoint_{step}", is_best=best == step,
-            num_bytes=61_000_000, seconds=0.6,
+            "checkpoint", step=step, attempt=attempt, stage="distil", path=f"checkpoints/checkpoint_{step}",
+            is_best=best == step, num_bytes=61_000_000, seconds=0.6,
         )  # fmt: skip
         if bad:
             events.write(
-                "rollback", step=step, attempt=attempt, reason="quality 18.2 % below the best, at least 16.2 %",
+                "rollback", step=step, attempt=attempt, stage="distil",
+                reason="quality 18.2 % below the best, at least 16.2 %",
                 from_step=step, to_step=best, rollback_number=1, learning_rate_factor=1.0, data_stream=1,
             )  # fmt: skip
             step, attempt = best, 2

@@ -9,7 +9,7 @@ from typing import Any
 from cvm_translator.observe.alerts import AlertBook, alerts_of_event, alerts_of_status
 from cvm_translator.observe.history import read_history
 from cvm_translator.observe.status import read_status
-from cvm_translator.runs.events import read_events
+from cvm_translator.runs.events import EventWriter, read_events
 
 
 def _names(root: Path) -> list[str]:
@@ -28,6 +28,30 @@ def test_alerts_of_the_end() -> None:
 
     assert names(gate_passed=True) == ["finished"]
     assert names(gate_passed=False, halted=True) == ["halted", "gate_failed", "finished"]
+
+
+def test_a_start_after_a_death_is_a_restart(tmp_path: Path) -> None:
+    """Each death is told once: by the supervisor's warning where there is one, else by the start that follows."""
+    with EventWriter(tmp_path / "logs" / "events.jsonl") as events:
+        events.write("run_started", pid=1)
+        events.write("stopped", signal=15)
+        events.write("run_started", pid=2)
+        events.write("run_started", pid=3)
+        events.write("warning", code="restart", message="killed by signal 9")
+        events.write("run_started", pid=4)
+        events.write("failed", message="x")
+        events.write("run_started", pid=5)
+    history = read_history(tmp_path / "logs" / "events.jsonl")
+    assert [event.get("pid") or event["code"] for event in history.restarts] == [3, "restart"]
+    alerts = [alert for event in history.restarts for alert in alerts_of_event(event, is_restart=True)]
+    assert [(alert.name, alert.level) for alert in alerts] == [("restart", "WARNING")] * 2
+
+
+def test_a_disk_that_is_full_costs_the_log_and_not_the_alert(tmp_path: Path) -> None:
+    (tmp_path / "monitor").write_text("in the way")
+    book = AlertBook(tmp_path / "monitor" / "alerts.log")
+    alerts = alerts_of_event({"kind": "failed", "time": "t", "message": "m"})
+    assert book.tell(alerts) == alerts and book.tell(alerts) == []
 
 
 def test_each_is_told_once(make_run: Callable[..., Path]) -> None:

@@ -18,10 +18,11 @@ import pytest
 
 from cvm_translator.cli import main as command_line
 from cvm_translator.observe.live import build_view, sparkline
+from cvm_translator.observe.machine import MachineFigures, ProcessWatch
 from cvm_translator.observe.monitor import main
 from cvm_translator.observe.schedule import ScheduledReports
 from cvm_translator.observe.status_report import write_status_report
-from cvm_translator.observe.watch import ProcessWatch, RunWatch
+from cvm_translator.observe.watch import RunWatch
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import RunLock, process_start_time
@@ -348,7 +349,7 @@ def test_the_live_view(
     watch.poll()
     console = Console(file=io.StringIO(), width=110, height=height, color_system=None)
     lines = ["\x1b[31mred [bold]markup[/bold]"]
-    console.print(build_view(watch.layout, watch.status(), watch.history, None, [], lines, height))
+    console.print(build_view(watch.status(), watch.history, MachineFigures(), [], lines, height))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("✓ teacher", "1,000 of 1,000", "BLEU", "34.60", "700 -> 600"):
         assert part in shown
@@ -364,5 +365,69 @@ def test_the_view_of_a_run_that_has_hardly_begun(watch_run: Callable[..., RunWat
     watch = watch_run(tmp_path)
     watch.poll()
     with Console(width=100).capture() as capture:
-        Console(width=100).print(build_view(watch.layout, watch.status(), watch.history, None, [], [], 24))
+        Console(width=100).print(build_view(watch.status(), watch.history, MachineFigures(), [], [], 24))
     assert capture.get() is not None
+
+
+# ---------------------------------------------------------------------------------------- the monitor as a whole, again
+
+
+def test_a_run_that_restarts_under_a_rotated_diary(watch_run: Callable[..., RunWatch], tmp_path: Path) -> None:
+    """Its process dies, the diary is rotated twice, and another process goes on: nothing is lost, and it is told."""
+    path = tmp_path / "logs" / "events.jsonl"
+    watch = watch_run(tmp_path)
+    first = EventWriter(path)
+    first.write("run_started", pid=1, num_iterations=9)
+    _write_steps(path, range(1, 4))
+    assert len(watch.poll()) == 4
+    _write_steps(path, range(4, 6))
+    path.rename(path.with_name("events.jsonl.2"))
+    _write_steps(path, range(6, 8))
+    path.rename(path.with_name("events.jsonl.1"))
+    first.close()
+    with EventWriter(path) as second:
+        second.write("run_started", pid=2, num_iterations=9)
+    _write_steps(path, range(8, 10))
+    watch.poll()
+    assert watch.history.curves["distil"].steps.tolist() == list(range(1, 10))
+    assert [event["pid"] for event in watch.history.restarts] == [2]
+    late = watch_run(tmp_path)
+    late.poll()
+    assert late.history.curves["distil"].steps.tolist() == list(range(1, 10))
+
+
+def test_without_file_events_it_polls(
+    make_run: Callable[..., Path], no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No watches left on the machine, or an overflow of their queue: they only wake it sooner."""
+    from watchdog.observers import Observer
+
+    def refuse(self: Any) -> None:
+        raise OSError(28, "inotify watch limit reached")
+
+    monkeypatch.setattr(Observer, "start", refuse)
+    assert main(make_run(), refresh_seconds=0.05) == 0
+    assert "the gate passed" in capsys.readouterr().out
+
+
+def test_metrics_and_a_command_beside_the_view(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """The real command: a port that answers while the run is watched, an alert that reaches a program."""
+    import re
+    import urllib.request
+
+    root, told = make_run(until="distil"), tmp_path / "told.jsonl"
+    command = [*COMMAND, str(root), "--metrics-port", "0", "--alert-command", f"tee -a {told}", "--refresh", "0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        address = re.fullmatch(r"metrics at (http://127\.0\.0\.1:\d+/metrics)\n", process.stderr.readline())
+        assert address is not None
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        _wait_for(lambda: b'cvm_state{state="dead"} 1.0' in opener.open(address[1], timeout=30).read(), 90)
+        _wait_for(lambda: told.exists() and len(told.read_text().splitlines()) == 3, 90)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    names = [json.loads(line)["alert"] for line in told.read_text().splitlines()]
+    assert names == ["degradation", "rollback", "dead_process"]

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from cvm_translator.runs.events import EventTail, read_events
+from cvm_translator.runs.schema import load_event_schema
 
 _GERMAN_ONES = "null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf"
 _GERMAN_ONES += " dreizehn vierzehn fünfzehn sechzehn siebzehn achtzehn neunzehn"
@@ -212,6 +214,17 @@ def wait_for(run_dir: Path, program: Program, is_reached: Callable[[dict[str, An
         raise AssertionError(f"ended before that: {program.finish()}")
     finally:
         tail.close()
+
+
+@pytest.fixture(scope="session")
+def find_event_problems() -> Callable[[list[dict[str, Any]]], list[str]]:
+    """What in a run's events is not as their schema says."""
+    validator = Draft202012Validator(load_event_schema())
+
+    def find(events: list[dict[str, Any]]) -> list[str]:
+        return [f"{event['kind']}: {error.message}" for event in events for error in validator.iter_errors(event)]
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -94,8 +94,9 @@ def test_a_healthy_run_never_rolls_back(train: Any) -> None:
     assert healthy.delivered_quality > 0.95
 
 
-def test_a_learning_rate_of_fifty_times_is_rolled_back_to_the_best(rescued: Trained) -> None:
+def test_a_learning_rate_of_fifty_times_is_rolled_back_to_the_best(rescued: Trained, find_event_problems: Any) -> None:
     """The output of step 30 is bad, that of step 20 was best; the same steps on other data then do no harm."""
+    assert find_event_problems(rescued.events) == []
     (rollback,) = rescued.kind("rollback")
     assert (rollback["from_step"], rollback["to_step"]) == (30, 20)
     assert (rollback["data_stream"], rollback["learning_rate_factor"]) == (1, 1.0)
@@ -147,10 +148,11 @@ def test_targets_shuffled_for_good_halt_it_with_the_best(train: Any) -> None:
     assert len(again.kind("train")) == len(halted.kind("train"))
 
 
-def test_losses_that_are_not_numbers_are_survived(train: Any) -> None:
+def test_losses_that_are_not_numbers_are_survived(train: Any, find_event_problems: Any) -> None:
     nan = train("nan", fault_injection="[{kind: nan_loss, from_step: 15, num_steps: 3}]")
     (rollback,) = nan.kind("rollback")
     assert rollback["reason"] == "emergency: loss is not finite in 3 batches in a row"
     assert (rollback["from_step"], rollback["to_step"]) == (14, 10)
     assert nan.outcome.loop.state.num_skipped == 3
+    assert find_event_problems(nan.events) == []
     assert nan.delivered_quality > 0.95

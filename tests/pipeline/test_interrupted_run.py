@@ -121,8 +121,10 @@ def test_validations_and_verdicts_are_the_same(interrupted: Interrupted, whole_r
         assert (interrupted.folder / "validation" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_every_resume_was_exact(interrupted: Interrupted) -> None:
-    resumed = [e for e in read_events(interrupted.folder / "logs" / "events.jsonl") if e["kind"] == "resumed"]
+def test_every_resume_was_exact(interrupted: Interrupted, find_event_problems: Any) -> None:
+    events = list(read_events(interrupted.folder / "logs" / "events.jsonl"))
+    assert find_event_problems(events) == []
+    resumed = [e for e in events if e["kind"] == "resumed"]
     assert len(resumed) == 5
     assert all(event["exact"] and event["differences"] == [] for event in resumed)
 

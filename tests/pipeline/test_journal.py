@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from cvm_translator.pipeline.journal import LiveDisplay, PlainDisplay, describe_event
+from cvm_translator.config.schema import LoggingConfig
+from cvm_translator.pipeline.journal import LiveDisplay, PlainDisplay, TextLog, describe_event
 
 SCORES = {"bleu": 30.5, "chrf": 50.25}
 
@@ -102,3 +104,16 @@ def test_plain_lines_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     for event in (progress(), progress(), validation("distil", 0.5), {"kind": "train"}):
         plain(event)
     assert len(capsys.readouterr().err.splitlines()) == 2  # progress at most every quarter of a minute
+
+
+def test_the_log_rotates_by_size_with_that_of_the_background_process_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "daemon.log").write_text("x" * 2000)
+    log = TextLog(tmp_path / "train.log", LoggingConfig(max_mib=0.001, backups=2))
+    for number in range(60):
+        log(progress(step=number))
+        log({"kind": "train"})
+    log.close()
+    names = ["daemon.log", "daemon.log.1", "train.log", "train.log.1", "train.log.2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all(path.stat().st_size <= 1049 for path in tmp_path.glob("train.log*"))
+    assert (tmp_path / "daemon.log").read_text() == "" and "step 59/" in (tmp_path / "train.log").read_text()

@@ -72,9 +72,9 @@ def test_nothing_temporary_stays(whole_run: Any) -> None:
     assert not (whole_run.folder / "teacher" / "states").exists()
 
 
-def test_events_tell_the_whole_run(whole_run: Any) -> None:
+def test_events_tell_the_whole_run(whole_run: Any, find_event_problems: Any) -> None:
     events = whole_run.events
-    assert all({"time", "kind", "step", "attempt", "schema_version"} <= event.keys() for event in events)
+    assert find_event_problems(events) == []
     assert (events[0]["kind"], events[-1]["kind"]) == ("run_started", "run_finished")
     assert events[0]["stages"] == STAGES
     assert events[0]["config_sha256"] == hashlib.sha256((whole_run.folder / "config.yaml").read_bytes()).hexdigest()
