@@ -510,13 +510,16 @@ class FaultInjection(Settings):
     Steps are *executed* steps: they count on through rollbacks, so a fault of limited length does not come back.
     """
 
-    kind: Literal["learning_rate", "shuffled_targets", "nan_loss"]
+    kind: Literal["learning_rate", "shuffled_targets", "garbage_teacher", "weight_noise", "nan_loss"]
+    """learning_rate: multiplied by `factor`; shuffled_targets: each source has its neighbour's target; garbage_teacher:
+    the teacher's advice is given to other words; weight_noise: after the step each weight matrix is given normal noise
+    of `factor` times its own spread; nan_loss: the loss is NaN."""
     from_step: PositiveInt
     """First executed step that is hit."""
     num_steps: PositiveInt | None = None
     """How many executed steps are hit; default: all that follow."""
     factor: float = Field(50.0, gt=0.0)
-    """For learning_rate: the multiplier."""
+    """Of learning_rate and weight_noise."""
 
 
 class RunConfig(Settings):

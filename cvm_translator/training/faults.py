@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import nn
 
 from cvm_translator.config.schema import FaultInjection
 from cvm_translator.corpus.dataset import Batch
+from cvm_translator.training.objectives import DistillationObjective, Objective
 
 
 def active_faults(faults: list[FaultInjection], executed_step: int) -> list[FaultInjection]:
@@ -39,3 +41,19 @@ def corrupt_loss(faults: list[FaultInjection], loss: torch.Tensor) -> torch.Tens
     if any(fault.kind == "nan_loss" for fault in faults):
         return loss * float("nan")
     return loss
+
+
+def corrupt_teacher(faults: list[FaultInjection], objective: Objective) -> None:
+    """Let the teacher recommend each word's neighbour in the vocabulary, for as long as the fault lasts."""
+    if isinstance(objective, DistillationObjective):
+        objective.teacher_shift = int(any(fault.kind == "garbage_teacher" for fault in faults))
+
+
+@torch.no_grad()
+def corrupt_weights(faults: list[FaultInjection], model: nn.Module) -> None:
+    """Add noise to every weight matrix."""
+    for fault in faults:
+        if fault.kind == "weight_noise":
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.add_(torch.randn_like(parameter) * parameter.std() * fault.factor)

@@ -48,6 +48,8 @@ class DistillationObjective:
         self.loss = loss
         self.teacher = teacher
         self.states = states
+        self.teacher_shift = 0
+        """A planted fault: the teacher recommends words so many places further in the vocabulary."""
         if teacher is not None:
             teacher.eval().requires_grad_(False)
 
@@ -72,6 +74,8 @@ class DistillationObjective:
         if self.teacher is None:
             return None, None
         if self.states is not None:
-            return self.states.gather(batch.indices).to(batch.src.device), self.teacher.embedding.matrix()
-        hidden, matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)
-        return hidden.flatten(0, 1)[real], matrix
+            hidden, matrix = self.states.gather(batch.indices).to(batch.src.device), self.teacher.embedding.matrix()
+        else:
+            hidden, matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)
+            hidden = hidden.flatten(0, 1)[real]
+        return hidden, matrix.roll(self.teacher_shift, 0) if self.teacher_shift else matrix

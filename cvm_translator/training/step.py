@@ -15,7 +15,7 @@ from torch import nn
 from cvm_translator.config.schema import FaultInjection, TrainingConfig
 from cvm_translator.corpus.dataset import Batch
 from cvm_translator.training.device import build_autocast
-from cvm_translator.training.faults import corrupt_batch, corrupt_loss
+from cvm_translator.training.faults import corrupt_batch, corrupt_loss, corrupt_teacher, corrupt_weights
 from cvm_translator.training.objectives import Objective
 from cvm_translator.training.optimizer import MovingAverage
 from cvm_translator.training.spikes import SpikeWindow
@@ -52,6 +52,7 @@ def train_step(
     """Run one step on `batch`, cut into `settings.grad_accum_steps` micro-batches."""
     device = batch.src.device
     faults = faults or []
+    corrupt_teacher(faults, objective)
     totals = torch.zeros(4, device=device)  # loss, distillation, task, correct
     # ------------------------------------------------------------------------------------------ forward and backward
     optimizer.zero_grad(set_to_none=True)
@@ -77,6 +78,7 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
+        corrupt_weights(faults, model)
         spikes.add(total)
         if average is not None:
             average.update()

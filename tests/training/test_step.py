@@ -13,6 +13,7 @@ from cvm_translator.config.schema import FaultInjection, TrainingConfig
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.training.faults import corrupt_teacher
 from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.optimizer import MovingAverage, build_optimizer
 from cvm_translator.training.spikes import MIN_HISTORY, SpikeWindow
@@ -194,3 +195,29 @@ def test_shuffled_targets_give_each_source_its_neighbours(
     shuffled = run_step(make_model().eval(), teacher, dataset, faults=fault)
     assert shuffled.num_tokens == honest.num_tokens
     assert shuffled.loss != honest.loss
+
+
+def test_a_garbage_teacher_recommends_other_words_while_the_fault_lasts(
+    make_model: Callable[..., CvmTransformer], teacher: CvmTransformer, dataset: DistillationDataset
+) -> None:
+    model = make_model().eval()
+    objective = DistillationObjective(model, DistillationLoss(2.0, 0.7, 0.3), teacher)
+    batch = dataset.batch(INDICES)
+    honest = objective(batch, batch.num_tokens)
+    corrupt_teacher([FaultInjection(kind="garbage_teacher", from_step=1)], objective)
+    spoilt = objective(batch, batch.num_tokens)
+    assert spoilt.task == honest.task
+    assert spoilt.distillation != honest.distillation
+    corrupt_teacher([], objective)
+    assert objective(batch, batch.num_tokens).distillation == honest.distillation
+
+
+def test_weight_noise_is_as_large_as_it_says(
+    make_model: Callable[..., CvmTransformer], teacher: CvmTransformer, dataset: DistillationDataset
+) -> None:
+    honest, noisy = make_model().eval(), make_model().eval()
+    run_step(honest, teacher, dataset)
+    run_step(noisy, teacher, dataset, faults=[FaultInjection(kind="weight_noise", from_step=1, factor=0.5)])
+    noise = noisy.embedding.matrix() - honest.embedding.matrix()
+    assert noise.std().item() == pytest.approx(0.5 * honest.embedding.matrix().std().item(), rel=0.1)
+    assert torch.equal(noisy.decoder_norm.weight, honest.decoder_norm.weight)
