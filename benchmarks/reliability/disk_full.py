@@ -285,6 +285,8 @@ def main() -> int:
     options = build_parser().parse_args()
     if INSIDE not in os.environ:
         return enter_namespace(sys.argv[1:])
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         try:
             data = (run_run if options.run else run_store)(options, Path(folder))
