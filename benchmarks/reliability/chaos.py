@@ -5,7 +5,8 @@ alone. A kill comes at a random moment, or as soon as a save's temporary folder 
 time. It counts as *inside a save* only if it left evidence: a temporary folder or link of the checkpoint store that no
 finished save leaves behind. Checked are:
 
-- after each kill: the newest checkpoint that the events tell of, and the best one, verify byte for byte;
+- after each kill: the best checkpoint, and the newest that the events tell of unless newer ones have taken its place,
+  verify byte for byte;
 - after each restart: the run resumed from that checkpoint or a newer one, and says that it is exact;
 - after each round: every loss and all weights are those of the run that was left alone (see `kill_resume`).
 
@@ -36,6 +37,7 @@ from benchmarks import common, evidence
 from benchmarks.common import Arm, BenchmarkError
 from benchmarks.reliability.kill_resume import compare_runs, find_failures
 from cvm_translator.checkpoints.folder import verify_checkpoint
+from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.errors import CheckpointError
 from cvm_translator.runs import atomic
 from cvm_translator.runs.atomic import TEMPORARY_PREFIX
@@ -49,14 +51,14 @@ STUDENT_STEPS = (
     "distillation.checkpoint_every_steps=10",
     "validation.every_steps=150",
 )
-SAVE_SHARE = 0.5
+SAVE_SHARE = 0.7
 """Of the kills that are aimed at a save; some of them miss."""
 MIN_SAVE_SHARE = 0.3
 MAX_KILLS_A_ROUND = 40
 MAX_SECONDS_ALIVE = 6.0
 """A kill at a random moment comes within so long after the restart."""
 SAVE_SECONDS = 0.15
-"""A kill aimed at a save comes within so long after its first trace."""
+"""A kill aimed at a save comes within so long after its first trace, or within the time of the last save if shorter."""
 NUM_FRUITLESS = 3
 """After so many kills in a row without a new checkpoint or stage, the run is let go on until it has one."""
 TIMEOUT_SECONDS = 1800.0
@@ -84,13 +86,17 @@ def _become_program(arguments: list[str], log: Path) -> None:
 class KilledRun:
     """Launches one run, aims at it, and looks at what a kill has left."""
 
-    def __init__(self, arm: Arm) -> None:
+    def __init__(self, arm: Arm, num_kept: int) -> None:
+        """`num_kept`: the config's keep_checkpoints."""
         self.arm = arm
         self.checkpoints = arm.layout.checkpoints
+        self.store = CheckpointStore(self.checkpoints, num_kept, report=print)
         self.tail = EventTail(arm.layout.events)
         self.committed: str | None = None
         """The checkpoint of the student that the events told of last."""
         self.committed_at = (0, -1)
+        self.save_seconds = SAVE_SECONDS
+        """What the last save took."""
         self.num_advances = 0
         """Checkpoints and stages that were seen to be finished."""
         self.position = "nothing"
@@ -124,6 +130,7 @@ class KilledRun:
             elif event["kind"] == "checkpoint" and event["stage"] == "distil":
                 self.num_advances += 1
                 self.committed, self.committed_at = event["path"], (event["attempt"], event["step"])
+                self.save_seconds = event["seconds"]
 
     def find_traces(self) -> dict[str, int]:
         """What only an unfinished save leaves in the store's folder, with inodes: this launch's own, not older ones."""
@@ -159,18 +166,31 @@ class KilledRun:
         self.follow()
 
     def find_losses(self) -> list[str]:
-        """Which committed checkpoints do not verify any more: the newest, and the best."""
-        names = [] if self.committed is None else [self.committed]
+        """Which committed checkpoints do not verify any more: the best, and the newest that the events tell of.
+
+        The latter may have made room for newer ones that were committed and whose event the kills prevented.
+        """
         best = self.checkpoints / "best_model"
-        if best.is_symlink():
-            names.append(os.readlink(best))
-        lost = []
-        for name in names:
-            try:
-                verify_checkpoint(self._settled(name))
-            except CheckpointError as error:
-                lost.append(str(error))
+        lost = self._find_damage(os.readlink(best)) if best.is_symlink() else []
+        if self.committed is not None and (damage := self._find_damage(self.committed)):
+            newer = [name for name in self.store.names() if self._is_newer(name)]
+            lost += damage if len(newer) < self.store.keep else []
         return lost
+
+    def _find_damage(self, name: str) -> list[str]:
+        try:
+            verify_checkpoint(self._settled(name))
+        except CheckpointError as error:
+            return [str(error)]
+        return []
+
+    def _is_newer(self, name: str) -> bool:
+        """Whether a checkpoint verifies and came after the one that the events told of last."""
+        try:
+            manifest = verify_checkpoint(self.checkpoints / name)
+        except CheckpointError:
+            return False
+        return (manifest.attempt, manifest.step) > self.committed_at
 
     def _settled(self, name: str) -> Path:
         """Where a checkpoint is: set aside, if the kill came between the two renames that replace it."""
@@ -214,7 +234,7 @@ def kill_once(run: KilledRun, record: Record, generator: random.Random, number: 
     if is_aimed:
         if not run.wait(run.find_traces):
             return False
-        time.sleep(generator.uniform(0.0, SAVE_SECONDS))
+        time.sleep(generator.uniform(0.0, min(run.save_seconds, SAVE_SECONDS)))
     else:
         moment = time.monotonic() + generator.uniform(0.0, MAX_SECONDS_ALIVE)
         if not run.wait(lambda: time.monotonic() > moment):
@@ -259,7 +279,7 @@ def _count_fruitless(record: Record, number: int) -> int:
 def run_round(arm: Arm, expected: Arm, record: Record, num_kills: int, seed: int) -> None:
     """Kill one run until it ends, or until there were kills enough; then let it end, and compare it."""
     number = len(record.data["rounds"]) + 1
-    run = KilledRun(arm)
+    run = KilledRun(arm, arm.load_config().keep_checkpoints)
     run.follow()
     try:
         while not arm.is_done():

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.common import Arm
 from benchmarks.reliability import chaos
 
 NUM_KILLS = 4
+NUM_KEPT = 2
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def test_a_few_kills_lose_nothing_and_change_no_bit(options: Namespace) -> None:
 
 
 def build_run(tmp_path: Path) -> chaos.KilledRun:
-    run = chaos.KilledRun(Arm("killed", tmp_path / "no.yaml", (), tmp_path))
+    run = chaos.KilledRun(Arm("killed", tmp_path / "no.yaml", (), tmp_path), NUM_KEPT)
     run.checkpoints.mkdir()
     return run
 
@@ -69,3 +71,15 @@ def test_the_verdict_counts_kills_that_left_evidence() -> None:
     assert failures["x"] == ["round 1: y"]
     assert failures[chaos.LOST] == ["z"]
     assert failures["at least 30% of the kills were inside a save"] == ["1 of 4"]
+
+
+def test_a_checkpoint_that_made_room_for_newer_ones_is_not_lost(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    for step in (10, 20, 30):
+        tensors = {"model": {"weight": torch.full((2,), float(step))}}
+        run.store.save(step, 1, tensors=tensors, torch_states={}, plain={"step": step}, is_best=False)
+    run.committed, run.committed_at = "checkpoint_10", (1, 10)
+    assert run.find_losses() == []
+    shutil.rmtree(run.checkpoints / "checkpoint_30")
+    (loss,) = run.find_losses()
+    assert "checkpoint_10" in loss
