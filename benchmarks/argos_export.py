@@ -267,22 +267,15 @@ def format_results(data: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Install a run's student in Argos Translate and LibreTranslate.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = common.build_plain_parser("Install a run's student in Argos Translate and LibreTranslate.")
     parser.add_argument("--run", type=Path, default=Path("distillation_output"), metavar="RUN_DIR")
     parser.add_argument("--work", type=Path, default=common.RESULTS / "work" / NAME, help="environments and packages")
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the .json and .md")
     parser.add_argument("--num-sentences", type=int, default=200, metavar="N")
     parser.add_argument("--libretranslate", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     data = run_benchmark(options)
     data["failures"] = find_failures(data)
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":

@@ -156,12 +156,18 @@ def share_folders(source: Path, target: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the programs
 
 
-def build_parser(description: str, config: Path, work: Path) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
+def build_plain_parser(description: str) -> argparse.ArgumentParser:
+    """The option that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the .json and .md")
+    return parser
+
+
+def build_parser(description: str, config: Path, work: Path) -> argparse.ArgumentParser:
+    """The options of benchmarks that train arms."""
+    parser = build_plain_parser(description)
     parser.add_argument("--config", type=Path, default=config)
     parser.add_argument("--work", type=Path, default=work, help="folder of the runs; give it again to carry on")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the .json and .md")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all arms")
     parser.add_argument("--threads-per-arm", type=int, default=1, metavar="T")
     return parser

@@ -179,3 +179,10 @@ def write_results(directory: Path, name: str, data: dict[str, Any], markdown: st
     """NAME.json and NAME.md, each whole or not at all."""
     atomic.write_json(directory / f"{name}.json", data)
     atomic.write_text(directory / f"{name}.md", markdown + "\n")
+
+
+def conclude(directory: Path, name: str, data: dict[str, Any], markdown: str) -> int:
+    """Write and print the results of a program with checks (`data["failures"]`); returns its exit code."""
+    write_results(directory, name, data, markdown)
+    print(markdown)
+    return 1 if any(data["failures"].values()) else 0

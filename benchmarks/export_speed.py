@@ -359,12 +359,9 @@ def main() -> int:
         runtime, folder, num_threads, num_workers = sys.argv[2:]
         run_worker(runtime, folder, int(num_threads), int(num_workers))
         return 0
-    parser = argparse.ArgumentParser(
-        description="Time a run's student in each runtime.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = common.build_plain_parser("Time a run's student in each runtime.")
     parser.add_argument("--run", type=Path, default=Path("distillation_output"), metavar="RUN_DIR")
     parser.add_argument("--work", type=Path, default=common.RESULTS / "work" / NAME, help="folder of the exports")
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the .json and .md")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(NUM_SENTENCES), metavar="B")
     parser.add_argument("--share", type=float, default=1.0, help="of the timed sentences, for a quick look")
@@ -372,10 +369,7 @@ def main() -> int:
     options = parser.parse_args()
     data = measure(options)
     data["failures"] = find_failures(data)
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ program can be killed and started again; what was measured is kept in --work. It
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -270,11 +269,10 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure every quantisation method on finished runs.")
+    parser = common.build_plain_parser("Measure every quantisation method on finished runs.")
     parser.add_argument("--run", type=Path, action="append", required=True, metavar="RUN_DIR", dest="runs")
     parser.add_argument("--qat4", type=Path, action="append", default=[], metavar="RUN_DIR", help="trained at 4 bits")
     parser.add_argument("--work", type=Path, default=common.RESULTS / "work" / NAME)
-    parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--plot", type=Path, default=common.REPOSITORY / "docs" / "images" / "quantization.png")
     parser.add_argument("--threads", type=int, default=1, metavar="T")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of timing; 0: leave the speeds out")

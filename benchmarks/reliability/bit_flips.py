@@ -195,24 +195,17 @@ def format_results(data: Mapping[str, Any]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Damage checkpoints in every place and see that none is believed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = common.build_plain_parser("Damage checkpoints in every place and see that none is believed.")
     parser.add_argument("--num-trials", type=int, default=1000, metavar="N", help="of each kind of damage")
     parser.add_argument("--seed", type=int, default=13)
     parser.add_argument("--work", type=Path, default=common.RESULTS / "work" / NAME)
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the .json and .md")
     return parser
 
 
 def main() -> int:
     options = build_parser().parse_args()
     data = run_benchmark(options)
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":

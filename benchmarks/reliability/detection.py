@@ -150,10 +150,7 @@ def main() -> int:
     arms = build_arms(options)
     common.run_arms(arms, options.jobs, options.threads_per_arm)
     data = collect_results(arms, options)
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":

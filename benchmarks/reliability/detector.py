@@ -449,10 +449,7 @@ def run_benchmark(options: Namespace) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Judge the degradation detector by simulation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = common.build_plain_parser("Judge the degradation detector by simulation.")
     parser.add_argument("--run", type=Path, action="append", required=True, metavar="RUN_DIR", help="recorded real run")
     parser.add_argument(
         "--last", type=int, default=5, metavar="K", help="last checkpoints that a healthy one is mixed of"
@@ -467,7 +464,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=13)
     parser.add_argument("--work", type=Path, default=common.RESULTS / "work" / NAME, help="finished parts")
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the .json and .md")
     parser.add_argument("--image", type=Path, default=IMAGE)
     return parser
 
@@ -475,13 +471,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     options = build_parser().parse_args()
     data = json.loads(json.dumps(run_benchmark(options)))
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
     image = plot_power(data)
     assert image is not None
     atomic.write_bytes(options.image, image)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":

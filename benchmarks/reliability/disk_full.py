@@ -268,16 +268,12 @@ def format_run(data: Mapping[str, Any]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Let saves fail on a full disk and see that nothing is lost.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = common.build_plain_parser("Let saves fail on a full disk and see that nothing is lost.")
     parser.add_argument("--num-offsets", type=int, default=100, metavar="N")
     parser.add_argument("--run", action="store_true", help="fill the disk of a real run instead")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("small.yaml"), help="of the real run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the real run")
     parser.add_argument("--work", type=Path, help="where to mount; default: the folder for temporary files")
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the .json and .md")
     return parser
 
 
@@ -293,9 +289,7 @@ def main() -> int:
         finally:
             subprocess.run(["umount", "--lazy", str(Path(folder) / "disk")], check=False, stderr=subprocess.DEVNULL)
     text = format_run(data) if options.run else format_store(data)
-    evidence.write_results(options.results, f"{NAME}_run" if options.run else NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, f"{NAME}_run" if options.run else NAME, data, text)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,19 @@ The program ends with 1 if anything ran or was loaded, or a plot is missing.
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common, evidence
+from benchmarks.common import BenchmarkError
 from benchmarks.reliability.rotations import idle_run
 from cvm_translator.runs.events import EventWriter
 
@@ -213,24 +213,21 @@ def is_harmless(pages: dict[str, dict[str, Any]]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.build_plain_parser("Open reports full of hostile text in a headless browser.")
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     parser.add_argument("--browser", default=found, metavar="PATH", help="a Chromium (default: the one installed)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args()
     if options.browser is None:
-        sys.exit("error: no browser found: install chromium, or name one with --browser PATH")
+        raise BenchmarkError("no browser found: install chromium, or name one with --browser PATH")
     version = subprocess.run([options.browser, "--version"], capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         pages = measure(options.browser, Path(folder))
     data = {"browser": version.strip(), "num_payloads": len(PAYLOADS), "pages": pages}
     text = format_results(data)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"{NAME}.json").write_text(json.dumps(data, indent=2) + "\n")
-    (options.results / f"{NAME}.md").write_text(text + "\n")
+    evidence.write_results(options.results, NAME, data, text)
     print(text)
     return 0 if is_harmless(pages) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)

@@ -261,10 +261,7 @@ def main() -> int:
     if options.num_kills < 1:
         raise BenchmarkError(f"--num-kills {options.num_kills}: give at least 1")
     data = run_benchmark(options)
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":

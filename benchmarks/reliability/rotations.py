@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common, evidence
 from cvm_translator.runs.events import EventTail, EventWriter
 from cvm_translator.runs.lock import RunLock
 
@@ -289,11 +290,10 @@ def format_results(data: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.build_plain_parser("Rotate a file under a tail, and watch a monitor at rest.")
     parser.add_argument("--num-rotations", type=int, default=1000, metavar="N")
     parser.add_argument("--rest-seconds", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=13)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--follow", type=Path, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.follow:
@@ -305,12 +305,10 @@ def main() -> int:
             rests = [measure_rest(root, options.rest_seconds, on_terminal=flag) for flag in (False, True)]
     data = {"tail": asdict(tail), "rest": [asdict(rest) | {"share": rest.share} for rest in rests]}
     text = format_results(data)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"{NAME}.json").write_text(json.dumps(data, indent=2) + "\n")
-    (options.results / f"{NAME}.md").write_text(text + "\n")
+    evidence.write_results(options.results, NAME, data, text)
     print(text)
     return int(bool(tail.lost or tail.doubled) or any(rest.share > MAX_SHARE for rest in rests))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run_main(main)

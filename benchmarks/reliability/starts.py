@@ -225,22 +225,16 @@ def format_results(data: Mapping[str, Any]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Start one run many times at once.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = common.build_plain_parser("Start one run many times at once.")
     parser.add_argument("--starts", type=int, default=100, metavar="N")
     parser.add_argument("--work", type=Path, default=common.RESULTS / "work" / NAME)
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the .json and .md")
     return parser
 
 
 def main() -> int:
     options = build_parser().parse_args()
     data = run_benchmark(options)
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":

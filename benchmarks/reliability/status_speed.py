@@ -8,7 +8,6 @@ against the promised 300 ms on 2 cores, and that torch is not imported.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -37,10 +36,9 @@ def call_status(run_dir: Path, *options: str) -> subprocess.CompletedProcess[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Time the status command.")
+    parser = common.build_plain_parser("Time the status command.")
     parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="a run folder, finished or not")
     parser.add_argument("--repeats", type=int, default=20, metavar="N")
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the .json and .md")
     options = parser.parse_args()
     status = json.loads(call_status(options.run).stdout)
     if status["state"] == "never_started":
@@ -73,9 +71,7 @@ def main() -> int:
             f" cores: median {1000 * median:.0f} ms, slowest {1000 * max(seconds):.0f} ms.",
         ]
     )
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, text)
 
 
 if __name__ == "__main__":

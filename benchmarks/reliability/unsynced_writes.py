@@ -297,25 +297,18 @@ def format_results(data: Mapping[str, Any]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Cut saves off after every operation and recover from what may be left.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = common.build_plain_parser("Cut saves off after every operation and recover from what may be left.")
     parser.add_argument("--num-random", type=int, default=8, metavar="N", help="random states after each operation")
     parser.add_argument("--scenario", type=int, nargs="+", help="only these, from 0")
     parser.add_argument("--seed", type=int, default=13)
     parser.add_argument("--work", type=Path, help="where to lay disks out; default: the folder for temporary files")
-    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the .json and .md")
     return parser
 
 
 def main() -> int:
     options = build_parser().parse_args()
     data = run_benchmark(options)
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 1 if any(data["failures"].values()) else 0
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":
