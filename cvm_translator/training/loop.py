@@ -157,11 +157,9 @@ class TrainingLoop:
         is_best = judgement.is_best
         state.validations_since_best = 0 if is_best else state.validations_since_best + 1
         action = choose_action(judgement, state, setup.guard)
-        setup.events.write(
+        setup.tell(
+            state,
             "verdict",
-            step=state.step,
-            attempt=state.attempt,
-            stage=setup.stage,
             action=action,
             best_step=state.step if is_best else state.best_step,
             verdict=judgement.verdict,
@@ -292,11 +290,9 @@ class TrainingLoop:
             setup, state, lambda: setup.store.save(state.step, state.attempt, **captured, is_best=is_best)
         )
         self._saved_executed_steps = state.executed_steps
-        setup.events.write(
+        setup.tell(
+            state,
             "checkpoint",
-            step=state.step,
-            attempt=state.attempt,
-            stage=setup.stage,
             path=saved.path.name,
             is_best=is_best,
             num_bytes=saved.num_bytes,
@@ -310,14 +306,7 @@ class TrainingLoop:
         if checkpoint is None:
             return False
         differences = self._restore(checkpoint)
-        setup.events.write(
-            "resumed",
-            step=self.state.step,
-            attempt=self.state.attempt,
-            stage=setup.stage,
-            exact=not differences,
-            differences=differences,
-        )
+        setup.tell(self.state, "resumed", exact=not differences, differences=differences)
         decision = self.decision.pending(self.state.attempt)
         if decision is not None:
             self._carry_out(decision, load_best(setup, decision["checkpoint"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cvm_translator.runs.control import ACTIONS, Request
 from cvm_translator.training.state import capture_random_state, restore_random_state
@@ -37,17 +37,7 @@ def obey_requests(loop: TrainingLoop) -> None:
 
 
 def _answer(loop: TrainingLoop, request: Request, result: str, message: str) -> None:
-    state, setup = loop.state, loop.setup
-    setup.events.write(
-        "control",
-        step=state.step,
-        attempt=state.attempt,
-        stage=setup.stage,
-        id=request.id,
-        action=request.action,
-        result=result,
-        message=message,
-    )
+    loop.setup.tell(loop.state, "control", id=request.id, action=request.action, result=result, message=message)
 
 
 def _pause(loop: TrainingLoop, request: Request) -> None:
@@ -59,14 +49,13 @@ def _pause(loop: TrainingLoop, request: Request) -> None:
     loop.save_unless_saved()
     loop.is_paused = True
     _answer(loop, request, "done", f"paused after step {state.step}")
-    where: dict[str, Any] = {"step": state.step, "attempt": state.attempt, "stage": setup.stage}
-    setup.events.write("paused", **where, reason="it was asked to")
+    setup.tell(state, "paused", reason="it was asked to")
     while loop.is_paused:
         setup.heartbeat.beat("paused")
         setup.stop.raise_if_requested()
         time.sleep(PAUSE_LOOK_SECONDS)
         obey_requests(loop)
-    setup.events.write("continued", **where)
+    setup.tell(state, "continued")
     loop.progress.restart()
 
 

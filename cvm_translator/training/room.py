@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cvm_translator.checkpoints.folder import DiskFullError
 from cvm_translator.errors import CheckpointError, Stopped
@@ -53,7 +53,7 @@ def with_room(
                 _tell(setup, state, error)
         else:
             if is_waiting:
-                setup.events.write("continued", step=state.step, attempt=state.attempt, stage=setup.stage)
+                setup.tell(state, "continued")
             return result
         _wait(setup)
         setup.heartbeat.beat("save")
@@ -75,10 +75,9 @@ def judge_with_room(
 
 
 def _tell(setup: LoopSetup, state: LoopState, error: Exception) -> None:
-    where: dict[str, Any] = {"step": state.step, "attempt": state.attempt, "stage": setup.stage}
     message = f"the run pauses until there is room: {error}"
-    setup.events.write("warning", **where, code="disk_full", message=message)
-    setup.events.write("paused", **where, reason="the disk is full")
+    setup.tell(state, "warning", code="disk_full", message=message)
+    setup.tell(state, "paused", reason="the disk is full")
     if setup.events.is_behind:  # no room for this line either: say it where the output goes
         with contextlib.suppress(OSError):
             print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -54,6 +55,10 @@ class LoopSetup:
     faults: list[FaultInjection] | None = None
     num_threads: int | None = None
     """The thread count that the config asks for, if it asks for one."""
+
+    def tell(self, state: LoopState, kind: str, **fields: Any) -> None:
+        """Write an event of this stage, at the step where its loop stands."""
+        self.events.write(kind, step=state.step, attempt=state.attempt, stage=self.stage, **fields)
 
 
 @dataclass(frozen=True)
