@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,13 +86,9 @@ def resume(options: Options) -> int:
 
 
 def status(options: Options) -> int:
-    from cvm_translator.observe.describe import format_status
-    from cvm_translator.observe.status import read_status
+    from cvm_translator.observe.status import show_status
 
-    status = read_status(options.run_dir)
-    print(json.dumps(status, indent=2, default=str) if options.json else format_status(status))
-    exit_code: int = status["exit_code"]
-    return exit_code
+    return show_status(options.run_dir, as_json=options.json)
 
 
 def monitor(options: Options) -> int:

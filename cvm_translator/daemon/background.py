@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def start(config_path: Path, overrides: list[str], output_dir: Path | None = Non
 
     The config is checked here first, so its errors appear at once. Raises CvmError.
     """
-    run_dir = _find_run_dir(config_path, overrides, output_dir)
-    return run_dir, launch([*PROGRAM, "start", "--foreground", *_options(config_path, overrides, run_dir)], run_dir)
+    run_dir = find_run_dir(config_path, overrides, output_dir)
+    return run_dir, launch(supervisor_command(config_path, overrides, run_dir), run_dir)
 
 
 def resume(run_dir: Path) -> tuple[Path, int]:
@@ -75,24 +76,28 @@ def supervise(config_path: Path, overrides: list[str], output_dir: Path | None, 
     The first trainer is `run` with what is given here; whoever follows it after a crash is `resume`, by the config that
     the run folder holds.
     """
-    run_dir = _find_run_dir(config_path, overrides, output_dir)
-    first = [*PROGRAM, "run", *_options(config_path, overrides, run_dir)]
-    again = [*PROGRAM, "resume", str(run_dir), "--foreground", "--no-progress"]
-    if progress:
-        first.remove("--no-progress")
-        again.remove("--no-progress")
+    run_dir = find_run_dir(config_path, overrides, output_dir)
+    quiet = [] if progress else ["--no-progress"]
+    first = [*PROGRAM, "run", *_options(config_path, overrides, run_dir), *quiet]
+    again = [*PROGRAM, "resume", str(run_dir), "--foreground", *quiet]
     return Supervisor(RunLayout(run_dir), first, again).run()
 
 
-def _find_run_dir(config_path: Path, overrides: list[str], output_dir: Path | None) -> Path:
+def supervisor_command(config_path: Path, overrides: Sequence[str], run_dir: Path) -> list[str]:
+    """What a supervisor is started with, in the background or as a service: `start --foreground`."""
+    return [*PROGRAM, "start", *_options(config_path, overrides, run_dir), "--foreground", "--no-progress"]
+
+
+def find_run_dir(config_path: Path, overrides: Sequence[str], output_dir: Path | None) -> Path:
+    """The run folder of a config. Raises CvmError for one that is wrong."""
     from cvm_translator.config import load_config
 
-    return Path(load_config(config_path, overrides, output_dir).output_dir).absolute()
+    return Path(load_config(config_path, list(overrides), output_dir).output_dir).absolute()
 
 
-def _options(config_path: Path, overrides: list[str], run_dir: Path) -> list[str]:
+def _options(config_path: Path, overrides: Sequence[str], run_dir: Path) -> list[str]:
     settings = [part for override in overrides for part in ("--set", override)]
-    return [str(config_path), *settings, "--output-dir", str(run_dir), "--no-progress"]
+    return [str(config_path), *settings, "--output-dir", str(run_dir)]
 
 
 def require_run_folder(run_dir: Path) -> None:

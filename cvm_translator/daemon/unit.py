@@ -14,11 +14,10 @@ The supervisor speaks `Type=notify` itself. The settings that matter, and why:
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cvm_translator.daemon.background import require_run_folder
+from cvm_translator.daemon.background import find_run_dir, require_run_folder, supervisor_command
 from cvm_translator.runs.layout import RunLayout
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./=:,+-]+\Z")
@@ -54,20 +53,15 @@ WantedBy=default.target
 
 def write_unit(target: Path, overrides: Sequence[str], output_dir: Path | None) -> str:
     """The unit of a config, or of the run in a folder. Raises CvmError for a config that is wrong."""
-    from cvm_translator.config import load_config
-
     if target.is_dir():
         require_run_folder(target)
         target, output_dir = RunLayout(target).config, target
-    run_dir = Path(load_config(target, list(overrides), output_dir).output_dir).absolute()
-    settings = [part for override in overrides for part in ("--set", override)]
-    command = [sys.executable, "-m", "cvm_translator", "start", str(target.absolute()), *settings]
-    command += ["--output-dir", str(run_dir), "--foreground", "--no-progress"]
+    run_dir = find_run_dir(target, overrides, output_dir)
     return UNIT.format(
         name=f"cvm-translator-{''.join(c if c.isalnum() else '-' for c in run_dir.name)}",
         run_dir=str(run_dir).replace("%", "%%"),
         working_directory=str(Path.cwd()).replace("%", "%%"),
-        command=" ".join(quote(part) for part in command),
+        command=" ".join(quote(part) for part in supervisor_command(target.absolute(), overrides, run_dir)),
     )
 
 

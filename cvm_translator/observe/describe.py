@@ -22,13 +22,16 @@ from cvm_translator.observe.text import (
     short_metric_name,
 )
 
+HELD_STATES = ("running", "paused")
+"""States in which the run's process is there."""
+
 
 def headline(status: Mapping[str, Any]) -> str:
     """One line: the state, and for an ended run how it ended."""
     state, result = status["state"], status["result"] or {}
     if state == "never_started":
         return f"no run in {printable(status['run_dir'])}: begin one with cvm-translator start CONFIG"
-    if state in ("running", "paused"):
+    if state in HELD_STATES:
         by = f", supervised by {status['supervisor_pid']}" if status["supervisor_pid"] else ""
         why = f" ({printable(status['paused'])})" if state == "paused" else ""
         return f"{state}{why} (process {status['pid']}{by}), stage {printable(status['stage'] or 'starting')}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from cvm_translator.errors import CvmError, import_optional
 from cvm_translator.observe.alerts import Alert
+from cvm_translator.observe.describe import HELD_STATES
 from cvm_translator.observe.history import History, of_stage
 from cvm_translator.observe.machine import MachineFigures
 from cvm_translator.observe.status import EXIT_CODES
@@ -86,7 +87,7 @@ def _run_samples(status: Mapping[str, Any], history: History) -> list[_Sample]:
     shown = "teacher" if stage == "teacher" else "distil"
     best = [v for v in history.student_validations() if v["step"] == status["best_step"]]
     samples = [
-        _Sample("up", "1 while the run's process is there.", float(status["state"] == "running")),
+        _Sample("up", "1 while the run's process is there.", float(status["state"] in HELD_STATES)),
         _Sample("run_info", "The run that is watched.", 1.0, run_dir=status["run_dir"], run_id=status["run_id"] or ""),
         *(
             _Sample("state", "1 for the state the run is in.", float(state == status["state"]), state=state)

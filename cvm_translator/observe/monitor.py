@@ -10,7 +10,6 @@ Exit codes: 0 the run is done (or Ctrl-C, or a running run with `once`), 3 not r
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 import threading
@@ -28,12 +27,11 @@ from cvm_translator.observe.history import Event
 from cvm_translator.observe.machine import MachineWatch
 from cvm_translator.observe.schedule import ScheduledReports
 from cvm_translator.observe.screens import END_STATES, JsonScreen, LineScreen, LiveScreen, Screen, View
-from cvm_translator.observe.status import read_status
+from cvm_translator.observe.status import show_status
 from cvm_translator.observe.targets import TargetOptions, build_targets
 from cvm_translator.observe.text import printable
 from cvm_translator.observe.watch import FileHints, RunWatch
 from cvm_translator.runs.layout import RunLayout
-from cvm_translator.runs.secrets import redact
 
 if TYPE_CHECKING:
     from cvm_translator.observe.metrics import MetricsPort
@@ -62,9 +60,7 @@ def main(run_dir: str | Path, *, once: bool = False, as_json: bool = False, **op
     `options` are those of `MonitorOptions`. Raises CvmError for a target or a port that cannot be used.
     """
     if once:
-        status = read_status(run_dir)
-        print(redact(json.dumps(status, ensure_ascii=True, indent=2)) if as_json else format_status(status))
-        return int(status["exit_code"])
+        return show_status(run_dir, as_json=as_json)
     settings = MonitorOptions(as_json=as_json, **options)
     monitor = build_monitor(Path(run_dir), settings)
     with _interrupt_sets(monitor.left):

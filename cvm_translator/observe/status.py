@@ -8,6 +8,7 @@ hundredths of a second, and nothing is written. A folder without a run is a stat
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from statistics import fmean, median
 from typing import Any
 
 from cvm_translator.errors import EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_OK
-from cvm_translator.observe.describe import format_status
+from cvm_translator.observe.describe import HELD_STATES, format_status
 from cvm_translator.observe.history import STEP_STAGES, Event, History, of_stage, read_history
 from cvm_translator.observe.text import (
     as_number,
@@ -27,6 +28,7 @@ from cvm_translator.observe.text import (
 )
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import read_holder
+from cvm_translator.runs.secrets import redact
 
 EXIT_CODES = {
     "running": EXIT_OK,
@@ -46,7 +48,7 @@ FIRST_VALIDATION_SECONDS = 900.0
 MIN_FREE_BYTES = 1 << 30
 
 
-__all__ = ["find_state", "format_status", "read_status", "summarise"]
+__all__ = ["find_state", "format_status", "read_status", "show_status", "summarise"]
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any]:
@@ -60,6 +62,13 @@ def read_status(run_dir: str | Path) -> dict[str, Any]:
         if find_state(history, holder, supervisor) != "dead":
             break
     return summarise(layout, history, holder, time.time(), supervisor=supervisor)
+
+
+def show_status(run_dir: str | Path, *, as_json: bool) -> int:
+    """Print the state of a run; returns the exit code that goes with it."""
+    status = read_status(run_dir)
+    print(redact(json.dumps(status, indent=2)) if as_json else format_status(status))
+    return int(status["exit_code"])
 
 
 def summarise(
@@ -242,7 +251,7 @@ def _checkpoint(event: Event | None, now: float) -> dict[str, Any] | None:
 def _result(history: History, state: str) -> dict[str, Any] | None:
     """How the run ended, for one that did."""
     last = history.lifecycle
-    if last is None or state == "running":
+    if last is None or state in HELD_STATES:
         return None
     if last["kind"] == "run_finished":
         return _fields(last, "time", "exit_code", "gate_passed", "halted", "executed_steps", "seconds")

@@ -85,6 +85,19 @@ def test_a_running_run_is_up(port: MetricsPort, make_run: Callable[..., Path]) -
     assert not any(name.startswith(("cvm_process", "cvm_gpu", "cvm_alerts")) for name, _ in found)
 
 
+def test_a_paused_run_is_up_and_paused(port: MetricsPort, make_run: Callable[..., Path]) -> None:
+    from cvm_translator.runs.lock import RunLock
+
+    root = make_run(until="distil")
+    with RunLock(root / "run.lock"):
+        with EventWriter(root / "logs" / "events.jsonl") as events:
+            events.write("paused", step=1000, stage="distil", reason="it was asked to")
+        show(port, root, MachineFigures(), [])
+    found = ask(port)
+    assert found["cvm_up", ()] == 1.0
+    assert found["cvm_state", (("state", "paused"),)] == 1.0 and found["cvm_state", (("state", "running"),)] == 0.0
+
+
 def test_a_run_that_has_not_begun(port: MetricsPort, tmp_path: Path) -> None:
     show(port, tmp_path, MachineFigures(), [])
     assert ask(port)["cvm_state", (("state", "never_started"),)] == 1.0
