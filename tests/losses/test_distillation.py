@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvm_translator.losses import DistillationLoss, compute_gradient_ratio, distillation
 
@@ -78,6 +79,26 @@ def test_gradcheck(monkeypatch, divergence, beta):
         return compute_ours(loss, (hidden, matrix, targets, teacher_hidden, teacher_matrix), 7.0).total
 
     assert torch.autograd.gradcheck(run, (hidden, matrix))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees the number of elements of every result."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.num_elements = max(self.num_elements, tensor.numel())
+        return result
+
+
+def test_the_logits_of_all_tokens_never_exist_together(monkeypatch):
+    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 4 * V)
+    with LargestTensor() as seen:
+        compute_ours(DistillationLoss(2.0, 0.8, 0.2), make_batch(), N).total.backward()
+    assert seen.num_elements == V * TEACHER_D < N * V
 
 
 def test_float32_is_close_to_float64_also_for_large_logits():
