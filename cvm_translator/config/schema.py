@@ -329,6 +329,9 @@ def check_layer_copy(
                 )
 
 
+DivergenceName = Literal["forward_kl", "reverse_kl", "js"]
+
+
 class DistillationSettings(TrainingConfig):
     """The student's training."""
 
@@ -342,6 +345,8 @@ class DistillationSettings(TrainingConfig):
     """Weight of the distillation term."""
     beta: float = Field(0.2, ge=0.0)
     """Weight of the task term (cross-entropy with the reference)."""
+    divergence: DivergenceName = "forward_kl"
+    """How the student's distribution is compared with the teacher's: see `losses/divergences.py`."""
 
     @model_validator(mode="after")
     def _some_loss(self) -> DistillationSettings:

@@ -1,17 +1,21 @@
-"""The distillation loss: alpha · T² · KL(teacher_T ‖ student_T) + beta · CE, over real target tokens.
+"""The distillation loss: alpha · T² · D(teacher_T, student_T) + beta · CE, over real target tokens.
+
+D is KL(teacher ‖ student) unless another of `divergences.py` is chosen.
 
 Both terms are sums over the tokens given, divided by `num_tokens`, the tokens of the whole effective batch:
 micro-batches of unequal token counts then add up to exactly the gradient of the whole batch. (Hinton et al., 2015,
 arXiv:1503.02531; T² keeps the size of the distillation gradient comparable across temperatures.)
 
-The gradient with respect to the student's logits has a closed form,
+The gradient with respect to the student's logits has a closed form, with KL(teacher ‖ student)
 
     alpha · T · (p_student^T − p_teacher^T) + beta · (p_student − y),   y the (smoothed) reference,
 
-so the forward pass computes it at once and writes it over the logits: one N × V buffer for the student and one for
-the teacher, instead of the half dozen that autograd would keep. Softmax maths is in float32 (float64 for float64
-input) on blocks of rows that stay in the processor's cache. Logits are products in autocast's type where autocast is
-on.
+so the forward pass computes it at once, a chunk of tokens at a time: the chunk's logits, the gradient written over
+them, and from it the gradients of the hidden states and of the matrix (a float32 sum over the chunks). The logits of
+all tokens never exist together, and nothing of size N × V waits for the backward pass, which only scales what is
+there (the idea is that of Liger Kernel, Hsu et al., 2024, arXiv:2410.10989). Softmax maths is in float32 (float64 for
+float64 input) on blocks of rows that stay in the processor's cache. Logits are products in autocast's type where
+autocast is on.
 
 Refuses: shapes that do not match, targets without a teacher where alpha > 0. NaN in, NaN out.
 """
@@ -25,9 +29,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cvm_translator.config.schema import DivergenceName
+from cvm_translator.losses.divergences import DIVERGENCES
+
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 """Logits handled together, by device type; 1 MiB of float32 on a CPU."""
 _DEFAULT_BLOCK_ELEMENTS = 1 << 26
+_CHUNK_ELEMENTS = 1 << 25
+"""Logits of one chunk of tokens: 64 MiB of bfloat16. Smaller ones would add up the matrix's gradient more often."""
 
 
 class LossParts(NamedTuple):
@@ -35,7 +44,7 @@ class LossParts(NamedTuple):
 
     total: Tensor
     distillation: Tensor
-    """T² · KL, without its weight."""
+    """T² · D, without its weight."""
     task: Tensor
     """Cross-entropy, without its weight."""
     num_correct: Tensor
@@ -62,8 +71,16 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+class _Teacher(NamedTuple):
+    """What the teacher's tempered logits of a chunk are made from, in the type of the product."""
+
+    hidden: Tensor
+    """(N, D'), divided by the temperature."""
+    matrix: Tensor
+
+
 class _TaskAndDistillation(torch.autograd.Function):
-    """(hidden, matrix, …) -> sums (T²·KL, CE, correct) and the weighted total; see the module's docstring."""
+    """(hidden, matrix, …) -> sums (T²·D, CE, correct) and the weighted total; see the module's docstring."""
 
     @staticmethod
     def forward(
@@ -71,35 +88,46 @@ class _TaskAndDistillation(torch.autograd.Function):
         hidden: Tensor,
         matrix: Tensor,
         targets: Tensor,
-        tempered_teacher: Tensor | None,
+        teacher: _Teacher | None,
         settings: DistillationLoss,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.types = hidden.dtype, matrix.dtype
+        types = hidden.dtype, matrix.dtype
         hidden, matrix = _to_product_type(hidden), _to_product_type(matrix)
-        logits = hidden @ matrix.t()  # (N, V), overwritten block by block with its gradient
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_matrix: Tensor | None = None
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = [
-                settings.write_gradient(
-                    logits[rows], targets[rows], None if tempered_teacher is None else tempered_teacher[rows]
-                )
-                for rows in _slices(logits.shape[0], _block_rows(logits))
-            ]
+            for chunk in _slices(hidden.shape[0], max(1, _CHUNK_ELEMENTS // matrix.shape[0])):
+                logits = hidden[chunk] @ matrix.t()
+                tempered_teacher = None if teacher is None else teacher.hidden[chunk] @ teacher.matrix.t()
+                parts += _write_gradients(settings, logits, targets[chunk], tempered_teacher)
+                if grad_hidden is not None:
+                    torch.mm(logits, matrix, out=grad_hidden[chunk])
+                if ctx.needs_input_grad[1]:
+                    product = logits.t() @ hidden[chunk]
+                    grad_matrix = product.to(types[1]) if grad_matrix is None else grad_matrix.add_(product)
         distillation, task, num_correct = (torch.stack(part).sum() for part in zip(*parts, strict=True))
         total = settings.alpha * distillation + settings.beta * task
-        ctx.save_for_backward(hidden, matrix, logits)
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden.to(types[0]), grad_matrix)
         ctx.mark_non_differentiable(distillation, task, num_correct)
         return total, distillation, task, num_correct
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        hidden, matrix, grad_logits = ctx.saved_tensors
-        grad_total, (hidden_type, matrix_type) = grad_outputs[0], ctx.types
-        grad_hidden = grad_matrix = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = (grad_logits @ matrix).to(hidden_type) * grad_total
-        if ctx.needs_input_grad[1]:
-            grad_matrix = (grad_logits.t() @ hidden).to(matrix_type) * grad_total
-        return grad_hidden, grad_matrix, None, None, None
+        grads = (None if grad is None else grad * grad_outputs[0] for grad in ctx.saved_tensors)
+        return *grads, None, None, None
+
+
+def _write_gradients(
+    settings: DistillationLoss, logits: Tensor, targets: Tensor, tempered_teacher: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The sums of each block of a chunk's rows, and the gradient written over its logits."""
+    return [
+        settings.write_gradient(
+            logits[rows], targets[rows], None if tempered_teacher is None else tempered_teacher[rows]
+        )
+        for rows in _slices(logits.shape[0], _block_rows(logits))
+    ]
 
 
 def _slices(length: int, size: int) -> list[slice]:
@@ -109,14 +137,21 @@ def _slices(length: int, size: int) -> list[slice]:
 class DistillationLoss:
     """See the module's docstring. With alpha = 0 it is the cross-entropy alone and needs no teacher."""
 
-    def __init__(self, temperature: float, alpha: float, beta: float, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        temperature: float,
+        alpha: float,
+        beta: float,
+        label_smoothing: float = 0.0,
+        divergence: DivergenceName = "forward_kl",
+    ) -> None:
         if not (temperature > 0 and alpha >= 0 and beta >= 0 and 0 <= label_smoothing < 1):
             raise ValueError(
                 f"temperature {temperature} must be positive, alpha {alpha} and beta {beta} at least 0, "
                 f"label_smoothing {label_smoothing} in [0, 1)"
             )
         self.temperature, self.alpha, self.beta = temperature, alpha, beta
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.divergence = label_smoothing, divergence
 
     @property
     def needs_teacher(self) -> bool:
@@ -134,7 +169,7 @@ class DistillationLoss:
     ) -> LossParts:
         """Student hidden (N, D) and matrix (V, D), targets (N,) ids, teacher hidden (N, D') and matrix (V, D')."""
         _check_shapes(student_hidden, student_matrix, targets)
-        tempered_teacher = None
+        teacher = None
         if self.needs_teacher:
             if teacher_hidden is None or teacher_matrix is None:
                 raise ValueError(
@@ -147,16 +182,17 @@ class DistillationLoss:
                     f"the student's {student_matrix.shape[0]}"
                 )
             with torch.no_grad():
-                tempered_teacher = compute_logits(teacher_hidden / self.temperature, teacher_matrix)
+                tempered_hidden = teacher_hidden / self.temperature
+                teacher = _Teacher(_to_product_type(tempered_hidden), _to_product_type(teacher_matrix))
         apply: Callable[..., Any] = _TaskAndDistillation.apply
-        parts = apply(student_hidden, student_matrix, targets, tempered_teacher, self)
+        parts = apply(student_hidden, student_matrix, targets, teacher, self)
         total, distillation, task, num_correct = parts
         return LossParts(total / num_tokens, distillation / num_tokens, task / num_tokens, num_correct)
 
     def write_gradient(
         self, logits: Tensor, targets: Tensor, tempered_teacher: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums (T²·KL, CE, correct) over the rows, and the gradient of the weighted sum written over `logits`.
+        """Sums (T²·D, CE, correct) over the rows, and the gradient of the weighted sum written over `logits`.
 
         `tempered_teacher` is the teacher's logits divided by the temperature.
         """
@@ -183,7 +219,16 @@ class DistillationLoss:
         return distillation, task, num_correct
 
     def _distil(self, student: Tensor, probs: Tensor, log_sum: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """T² · KL summed over the rows and alpha · T · (p_student − p_teacher), both at the temperature.
+        """T² · D summed over the rows and alpha · T · its gradient, both at the temperature; D is the divergence."""
+        if self.divergence == "forward_kl":
+            divergence, gradient = self._forward_kl(student, probs, log_sum, teacher)
+        else:
+            log_probs = (student / self.temperature).log_softmax(-1)
+            divergence, gradient = DIVERGENCES[self.divergence](log_probs, teacher.log_softmax(-1))
+        return divergence * self.temperature**2, gradient.mul_(self.alpha * self.temperature)
+
+    def _forward_kl(self, student: Tensor, probs: Tensor, log_sum: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """`divergences.forward_kl` with what the task term has computed already: a third of its passes less.
 
         KL = Σ p_teacher (z_teacher − z_student) − log Σ exp z_teacher + log Σ exp z_student, z the tempered logits.
         """
@@ -197,8 +242,7 @@ class DistillationLoss:
         teacher_log_sum = _log_sum_exp(teacher.amax(-1, keepdim=True), teacher_probs)
         mean_difference = torch.dot((teacher - tempered).flatten(), teacher_probs.flatten())
         divergence = mean_difference - (teacher_log_sum - log_sum).sum()
-        gradient = tempered_probs.sub_(teacher_probs).mul_(self.alpha * self.temperature)
-        return divergence * self.temperature**2, gradient
+        return divergence, tempered_probs.sub_(teacher_probs)
 
 
 def _log_sum_exp(best_logits: Tensor, probs: Tensor) -> Tensor:
@@ -242,7 +286,8 @@ def compute_gradient_ratio(
     student_logits = _wide(compute_logits(student_hidden, student_matrix))
     tempered_teacher = _wide(compute_logits(teacher_hidden / loss.temperature, teacher_matrix))
     distillation_gradient, task_gradient = student_logits.clone(), student_logits.clone()
-    DistillationLoss(loss.temperature, loss.alpha, 0.0).write_gradient(distillation_gradient, targets, tempered_teacher)
+    distillation = DistillationLoss(loss.temperature, loss.alpha, 0.0, divergence=loss.divergence)
+    distillation.write_gradient(distillation_gradient, targets, tempered_teacher)
     DistillationLoss(loss.temperature, 0.0, loss.beta, loss.label_smoothing).write_gradient(
         task_gradient, targets, None
     )

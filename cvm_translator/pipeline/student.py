@@ -84,7 +84,9 @@ def _run_loop(
     config, settings = context.config, context.config.distillation
     student = build_student(context, tokenizer, teacher)
     dataset = build_dataset(context, corpus.train, tokenizer, config.student.model, teacher.model.config)
-    loss = DistillationLoss(settings.temperature, settings.alpha, settings.beta, settings.label_smoothing)
+    loss = DistillationLoss(
+        settings.temperature, settings.alpha, settings.beta, settings.label_smoothing, settings.divergence
+    )
     validation = ValidationConfig.from_run(config, str(context.device))
     validator = build_validator(context, corpus, tokenizer, validation, context.layout.validation)
     record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)

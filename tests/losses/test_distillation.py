@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvm_translator.losses import DistillationLoss, compute_gradient_ratio, distillation
 
@@ -47,9 +48,10 @@ def compute_ours(loss: DistillationLoss, batch: tuple[Tensor, ...], num_tokens: 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 6.0])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.8, 0.2), (1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("block_elements", [1 << 18, 5 * V])
-def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, block_elements):
+@pytest.mark.parametrize(("block_elements", "chunk_elements"), [(1 << 18, 1 << 25), (5 * V, 9 * V)])
+def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, block_elements, chunk_elements):
     monkeypatch.setitem(distillation._BLOCK_ELEMENTS, "cpu", block_elements)
+    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", chunk_elements)
     batch, twin = make_batch(), make_batch()
     parts = compute_ours(DistillationLoss(temperature, alpha, beta, smoothing), batch, num_tokens=50.0)
     divergence, task = compute_reference(twin, temperature, smoothing)
@@ -66,14 +68,37 @@ def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, bl
     torch.testing.assert_close(batch[1].grad, twin[1].grad)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_gradcheck(monkeypatch, divergence, beta):
+    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 9 * V)
     hidden, matrix, targets, teacher_hidden, teacher_matrix = make_batch()
-    loss = DistillationLoss(2.5, 0.7, 0.4, 0.1)
+    loss = DistillationLoss(2.5, 0.7, beta, 0.1, divergence)
 
     def run(hidden: Tensor, matrix: Tensor) -> Tensor:
         return compute_ours(loss, (hidden, matrix, targets, teacher_hidden, teacher_matrix), 7.0).total
 
     assert torch.autograd.gradcheck(run, (hidden, matrix))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees the number of elements of every result."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.num_elements = max(self.num_elements, tensor.numel())
+        return result
+
+
+def test_the_logits_of_all_tokens_never_exist_together(monkeypatch):
+    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 4 * V)
+    with LargestTensor() as seen:
+        compute_ours(DistillationLoss(2.0, 0.8, 0.2), make_batch(), N).total.backward()
+    assert seen.num_elements == V * TEACHER_D < N * V
 
 
 def test_float32_is_close_to_float64_also_for_large_logits():
