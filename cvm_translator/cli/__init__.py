@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from cvm_translator.cli.models import MAX_LINE_BYTES, translate_stream
 from cvm_translator.cli.parser import build_parser
 from cvm_translator.cli.tell import tell
+from cvm_translator.cli.threads import shorten_spinning
 from cvm_translator.errors import (
     EXIT_CRASHED,
     EXIT_ERROR,
@@ -32,6 +33,7 @@ __all__ = ["MAX_LINE_BYTES", "build_parser", "find_exit_code", "main", "translat
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Wrong usage leaves through SystemExit with code 2, as argparse does."""
+    shorten_spinning()
     options = build_parser().parse_args(arguments)
     has_supervisor = is_supervised()
     try:
