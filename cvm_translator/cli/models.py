@@ -138,6 +138,7 @@ def export(options: Options) -> int:
         sentences=options.sentences,
         num_sentences=options.num_sentences,
         max_drop=options.max_drop,
+        full_attention=options.full_attention,
     )
     print(export_model(request))
     return EXIT_OK

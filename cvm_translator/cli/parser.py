@@ -211,8 +211,9 @@ def _add_export_options(command: argparse.ArgumentParser) -> None:
         "(default: the run's validation set, or built-in sentences)",
     )
     command.add_argument("--num-sentences", type=_positive, default=200, metavar="N", help="at most so many of them")
+    command.add_argument("--max-drop", type=_bleu, default=0.5, metavar="BLEU", help="refuse an export that loses more")
     command.add_argument(
-        "--max-drop", type=_bleu, default=0.5, metavar="BLEU", help="refuse an int8 export that loses more"
+        "--full-attention", action="store_true", help="export a model with core_capacity without that bound"
     )
 
 

@@ -187,6 +187,8 @@ class ModelConfig(Settings):
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     max_length: int = Field(256, ge=8)
     """Longest sequence in tokens, end mark included; longer training pairs are dropped, longer inputs are split off."""
+    core_capacity: int | None = Field(None, ge=2)
+    """Most key/value slots that the decoder's attention keeps (see `models/slots.py`); not set: every token."""
 
     @model_validator(mode="before")
     @classmethod

@@ -39,6 +39,8 @@ def to_m2m100(model: CvmTransformer) -> tuple[dict[str, Any], dict[str, Tensor]]
     if number_format != "float32":
         raise ModelError(f"the model is {number_format}: convert the float model to M2M100 instead")
     config = model.config
+    if config.core_capacity is not None:
+        raise ModelError(f"the model keeps {config.core_capacity} slots of attention, which M2M100 does not have")
     arguments: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "max_position_embeddings": config.max_length + 1,

@@ -2,7 +2,8 @@
 
 One matrix embeds source and target and projects to logits. Embeddings are scaled by √D; positions are sinusoids in
 halves (all sines, then all cosines, denominator D/2 − 1) counted from 2; feed-forward layers use ReLU; every linear
-layer has a bias; encoder and decoder end in a layer norm. Dropout is applied where M2M100 applies its `dropout`: to
+layer has a bias; encoder and decoder end in a layer norm. With `core_capacity` the decoder attends to at most so many
+key/value slots (see `slots`), which M2M100 does not have. Dropout is applied where M2M100 applies its `dropout`: to
 the embeddings and to each residual branch (M2M100's attention and activation dropout are 0 here).
 
 Token ids: bos 0, pad 1, eos 2, unk 3; the decoder starts with eos. Batches are padded on the right; what is computed
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from cvm_translator.config.schema import ModelConfig
-from cvm_translator.models.attention import AttentionCache, CrossAttention, SelfAttention
+from cvm_translator.models.attention import AttentionCache, CrossAttention, SelfAttention, SourceView
 from cvm_translator.models.dropout import dropout
+from cvm_translator.models.slots import SlotCache
 from cvm_translator.quantization import LayerFormat, QuantizableLinear, TiedEmbedding, set_fake_quantization
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -71,9 +73,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.attention_norm = nn.LayerNorm(config.dim)
-        self.attention = SelfAttention(config.dim, config.num_heads)
+        self.attention = SelfAttention(config.dim, config.num_heads, config.core_capacity)
         self.cross_attention_norm = nn.LayerNorm(config.dim)
-        self.cross_attention = CrossAttention(config.dim, config.num_heads)
+        self.cross_attention = CrossAttention(config.dim, config.num_heads, config.core_capacity)
         self.feed_forward_norm = nn.LayerNorm(config.dim)
         self.feed_forward = FeedForward(config)
 
@@ -83,10 +85,10 @@ class DecoderLayer(nn.Module):
         x = x + dropout(branch, self.dropout, self.training)
         return x + dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
 
-    def step(self, x: Tensor, cache: AttentionCache, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def step(self, x: Tensor, cache: AttentionCache | SlotCache, source: SourceView) -> Tensor:
         """One new token of each row, x (R, D) -> (R, D)."""
         x = x + self.attention.step(self.attention_norm(x), cache)
-        branch = self.cross_attention.attend(self.cross_attention_norm(x)[:, None], keys, values, mask)
+        branch = self.cross_attention.attend(self.cross_attention_norm(x)[:, None], source)
         x = x + branch[:, 0]
         x = x + self.feed_forward(self.feed_forward_norm(x))
         return x
@@ -96,11 +98,8 @@ class DecoderLayer(nn.Module):
 class DecoderState:
     """What incremental decoding remembers: each layer's own tokens (R rows) and its view of the source (B rows)."""
 
-    caches: list[AttentionCache]
-    memories: list[tuple[Tensor, Tensor]]
-    """Keys and values (B, H, S, d) of the source, by layer."""
-    memory_mask: Tensor | None
-    """(B, 1, 1, S), True where the source is real; None when nothing is padded."""
+    caches: list[AttentionCache | SlotCache]
+    sources: list[SourceView]
     matrix: Tensor | None
     """The embedding matrix in float, made once, unless its format is faster without."""
     length: int = 0
@@ -114,9 +113,7 @@ class DecoderState:
         """Keep the given rows, and the given sources where several rows share one."""
         sources = rows if sources is None else sources
         self.reorder(rows)
-        self.memories = [(k.index_select(0, sources), v.index_select(0, sources)) for k, v in self.memories]
-        if self.memory_mask is not None:
-            self.memory_mask = self.memory_mask.index_select(0, sources)
+        self.sources = [source.select(sources) for source in self.sources]
 
 
 class CvmTransformer(nn.Module):
@@ -145,6 +142,12 @@ class CvmTransformer(nn.Module):
         """Weights of the float model, the tied matrix once, in whatever format they are now."""
         with torch.device("meta"):
             return sum(t.numel() for t in CvmTransformer(self.config, self.vocab_size).state_dict().values())
+
+    def use_full_attention(self) -> None:
+        """Drop the bound on the decoder's key/value slots (`core_capacity`); the weights stay."""
+        self.config = self.config.model_copy(update={"core_capacity": None})
+        for layer in self._decoder():
+            layer.attention.capacity = layer.cross_attention.capacity = None
 
     def set_fake_quantization(self, on: bool, plan: Mapping[str, LayerFormat] | None = None) -> None:
         """Round weights and activations in every forward pass to the int8 grid, or as a plan says; or stop doing so."""
@@ -185,16 +188,17 @@ class CvmTransformer(nn.Module):
 
     def start(self, memory: Tensor, src_mask: Tensor, beam_size: int = 1) -> DecoderState:
         """The state before the first token, for `beam_size` consecutive rows per source."""
-        memories = [layer.cross_attention.project_memory(memory) for layer in self._decoder()]
-        rows, heads = memory.shape[0] * beam_size, self.config.num_heads
-        caches = [AttentionCache(rows, heads, keys.shape[-1], keys) for keys, _ in memories]
-        return DecoderState(caches, memories, _attention_mask(src_mask), self.embedding.decoding_matrix())
+        mask, rows = _attention_mask(src_mask), memory.shape[0] * beam_size
+        sources = [layer.cross_attention.project_memory(memory, mask) for layer in self._decoder()]
+        layers = zip(self._decoder(), sources, strict=True)
+        caches = [layer.attention.build_cache(rows, source.keys) for layer, source in layers]
+        return DecoderState(caches, sources, self.embedding.decoding_matrix())
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """The logits (R, V) after one more token of each row, tokens (R,); moves the state on."""
         x = self.embedding.embed(tokens, state.matrix) * math.sqrt(self.config.dim) + self.positions[state.length]
-        for layer, cache, (keys, values) in zip(self._decoder(), state.caches, state.memories, strict=True):
-            x = layer.step(x, cache, keys, values, state.memory_mask)
+        for layer, cache, source in zip(self._decoder(), state.caches, state.sources, strict=True):
+            x = layer.step(x, cache, source)
         state.length += 1
         return self.embedding.project(self.decoder_norm(x), state.matrix)
 

@@ -54,7 +54,9 @@ class ExportRequest:
     sentences: Path | None = None
     num_sentences: int = 200
     max_drop: float = 0.5
-    """BLEU that an int8 export may lose."""
+    """BLEU that an export may lose."""
+    full_attention: bool = False
+    """Whether a model with bounded attention may be exported without its bound, which other runtimes do not know."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
     source = _find_source(request)
     libraries = {name: import_optional(name, request.format) for name in form.libraries}
     loaded = load_model(source)
+    is_unbounded = _lift_bound(request, source, loaded.model)
     number_format = _choose_number_format(request, form, source, loaded)
     corpus = _find_corpus(request, number_format)
     sentences = choose_sentences(source, request.sentences, loaded.config["source_language"], request.num_sentences)
@@ -162,7 +165,7 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
             job.facts["vocabulary_map"] = add_vocabulary_map(folder, load_map_pairs(corpus), report)
             report(f"map        {job.facts['vocabulary_map']['summary']} ({time.monotonic() - start:.0f} s)")
         native = source
-        if number_format != loaded.config["number_format"]:
+        if number_format != loaded.config["number_format"] or is_unbounded:
             native = Path(scratch) / "native"
             _write_safetensors(native, job)
         verification = verify_export(
@@ -186,6 +189,20 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
 def _find_source(request: ExportRequest) -> Path:
     """The model folder to read: of a run's `student` folder the float model, but for a copy in our own format."""
     return find_model_folder(request.model if request.format == "safetensors" else find_float_folder(request.model))
+
+
+def _lift_bound(request: ExportRequest, source: Path, model: CvmTransformer) -> bool:
+    """Give a model with slots full attention if that was asked for; refuses to if it was not."""
+    capacity = model.config.core_capacity
+    if capacity is None or request.format == "safetensors":
+        return False
+    if not request.full_attention:
+        raise ModelError(
+            f"{source} keeps at most {capacity} slots of attention (core_capacity), which --format {request.format} "
+            "does not have: with --full-attention it is exported without that bound and its quality is compared"
+        )
+    model.use_full_attention()
+    return True
 
 
 def _choose_number_format(request: ExportRequest, form: Format, source: Path, loaded: LoadedModel) -> str:
