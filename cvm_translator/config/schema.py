@@ -216,6 +216,8 @@ class TrainingConfig(Settings):
     """Optimizer steps in the model's own history."""
     batch_size: PositiveInt = 64
     """Sentences per optimizer step."""
+    batch_tokens: PositiveInt | None = None
+    """Padded tokens a side per optimizer step; when set, batches are cut by it and not by `batch_size`."""
     grad_accum_steps: PositiveInt = 1
     """Micro-batches into which each batch is cut; the gradient is that of the whole batch."""
     learning_rate: float = Field(1e-3, gt=0.0, lt=1.0)
@@ -237,10 +239,16 @@ class TrainingConfig(Settings):
     checkpoint_every_steps: PositiveInt = 500
     """Cadence of the checkpoints between validations."""
 
+    @property
+    def max_sentences(self) -> int:
+        """No batch has more, so no more micro-batches can be made of one."""
+        return self.batch_size if self.batch_tokens is None else self.batch_tokens
+
     @model_validator(mode="after")
     def _accumulation_fits(self) -> TrainingConfig:
-        if self.grad_accum_steps > self.batch_size:
-            raise ValueError(f"grad_accum_steps {self.grad_accum_steps} exceeds batch_size {self.batch_size}")
+        if self.grad_accum_steps > self.max_sentences:
+            size = "batch_size" if self.batch_tokens is None else "batch_tokens"
+            raise ValueError(f"grad_accum_steps {self.grad_accum_steps} exceeds {size} {self.max_sentences}")
         if self.warmup_steps >= self.num_iterations:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below num_iterations {self.num_iterations}")
         return self

@@ -1,29 +1,47 @@
 """The order in which sentences are seen: shuffled epochs of length-bucketed batches, resumable to the exact batch.
 
-Epoch e of stream s is a function of (seed, s, e) alone: a permutation, cut into pools of about 50 batches, each pool
-sorted by length and cut into batches of exactly `batch_size` sentences, the batches shuffled over the whole epoch.
-The sentences that do not fill a last batch sit out that epoch (others the next); a corpus smaller than one batch is one
-batch. Another stream gives other epochs: that is how a rollback continues on other data.
+Epoch e of stream s is a function of (seed, s, e) alone: a permutation, cut into pools of about a thousand batches, each
+pool arranged so that neighbours have nearly the same length on both sides and cut into batches, and the batches
+shuffled over the whole epoch. Another stream gives other epochs: that is how a rollback continues on other data.
+
+A batch has exactly `batch_size` sentences, or as many as fit into `batch_tokens` padded tokens a side. Of counted
+batches the sentences that do not fill a last one sit out that epoch (others the next); a corpus smaller than one batch
+is one batch. With tokens every sentence is seen in every epoch, one longer than the budget by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-BATCHES_PER_POOL = 50
+BATCHES_PER_POOL = 1000
+"""The more, the less padding: at 50 a sixth of the positions of interface text is padding, at 1,000 a thirtieth."""
+BATCHES_PER_STRIP = 4
+"""Least size of a strip of sentences of nearly the same target length, within which source lengths rise or fall."""
+ORDER_VERSION = 2
+"""Of the rules above: a position that was saved under others points elsewhere."""
 
 
 class BatchSchedule:
     """An endless sequence of batches of sentence indices."""
 
-    def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int, stream: int = 0) -> None:
-        """`lengths`: (N, 2) tokens of source and target."""
-        if len(lengths) == 0 or batch_size < 1:
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],
+        batch_size: int,
+        seed: int,
+        stream: int = 0,
+        *,
+        batch_tokens: int | None = None,
+    ) -> None:
+        """`lengths`: (N, 2) tokens of source and target, without marks; `batch_tokens` takes the place of the size."""
+        if len(lengths) == 0 or batch_size < 1 or (batch_tokens is not None and batch_tokens < 1):
             raise ValueError(f"no batches of {batch_size} from {len(lengths)} sentences")
-        ordered = np.sort(np.asarray(lengths, dtype=np.int64), axis=1)
-        self._cost = (ordered[:, 1] << 20) + ordered[:, 0]  # the longer side first: least padding on both
-        self._batch_size = batch_size
+        self._lengths = np.asarray(lengths, dtype=np.int64) + 1  # the end mark
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._seed = seed
         self._stream = stream
         self._epoch = 0
@@ -32,7 +50,13 @@ class BatchSchedule:
 
     @property
     def num_batches_per_epoch(self) -> int:
-        return max(1, len(self._cost) // self._batch_size)
+        """Of this epoch: with a token budget others may have some more or fewer."""
+        return len(self._batches)
+
+    def padding_efficiency(self) -> float:
+        """Real tokens of this epoch over the padded positions that its batches compute, both sides together."""
+        num_padded = sum(int(self._lengths[batch].max(axis=0).sum()) * len(batch) for batch in self._batches)
+        return sum(int(self._lengths[batch].sum()) for batch in self._batches) / num_padded
 
     @property
     def epoch(self) -> int:
@@ -57,7 +81,7 @@ class BatchSchedule:
         self._stream, self._epoch, self._cursor = stream, 0, 0
         self._batches = self._make_epoch()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "seed": self._seed,
             "stream": self._stream,
@@ -65,30 +89,62 @@ class BatchSchedule:
             "cursor": self._cursor,
         } | self._shape()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken; one of another corpus or batch size is refused."""
         for name, value in self._shape().items():
-            if state[name] != value:
-                raise ValueError(f"the data position was saved with {name} {state[name]}, now it is {value}")
+            if state.get(name) != value:
+                raise ValueError(f"the data position was saved with {name} {state.get(name)}, now it is {value}")
         self._seed, self._stream = state["seed"], state["stream"]
         self._epoch, self._cursor = state["epoch"], state["cursor"]
         self._batches = self._make_epoch()
         if not 0 <= self._cursor <= len(self._batches):
             raise ValueError(f"the data position {self._cursor} lies outside an epoch of {len(self._batches)} batches")
 
-    def _shape(self) -> dict[str, int]:
-        return {"num_sentences": len(self._cost), "batch_size": self._batch_size}
+    def _shape(self) -> dict[str, Any]:
+        size = {"batch_size": self._batch_size} if self._batch_tokens is None else {"batch_tokens": self._batch_tokens}
+        return {"num_sentences": len(self._lengths), "order": ORDER_VERSION} | size
 
     def _make_epoch(self) -> list[NDArray[np.int64]]:
         generator = np.random.default_rng([self._seed, self._stream, self._epoch])
-        order = generator.permutation(len(self._cost))
-        if len(order) < self._batch_size:
-            return [order]
-        order = order[: len(order) // self._batch_size * self._batch_size]
-        pool_size = BATCHES_PER_POOL * self._batch_size
+        order = generator.permutation(len(self._lengths))
+        size = self._batch_size
+        if self._batch_tokens is not None:
+            size = max(1, round(self._batch_tokens / self._lengths.max(axis=1).mean()))
+        elif len(order) > size:
+            order = order[: len(order) // size * size]
         batches: list[NDArray[np.int64]] = []
-        for begin in range(0, len(order), pool_size):
-            pool = order[begin : begin + pool_size]
-            pool = pool[np.argsort(self._cost[pool], kind="stable")]
-            batches += np.split(pool, len(pool) // self._batch_size)
+        for begin in range(0, len(order), BATCHES_PER_POOL * size):
+            pool = self._arrange(order[begin : begin + BATCHES_PER_POOL * size], BATCHES_PER_STRIP * size)
+            batches += self._cut(pool)
         return [batches[index] for index in generator.permutation(len(batches))]
+
+    def _arrange(self, pool: NDArray[np.int64], strip_size: int) -> NDArray[np.int64]:
+        """Strips of rising target length; source lengths rise in one strip and fall in the next.
+
+        A strip holds whole target lengths, at least `strip_size` sentences. What is equal stays in random order.
+        """
+        pool = pool[np.argsort(self._lengths[pool, 1], kind="stable")]
+        targets = self._lengths[pool, 1]
+        strips: list[NDArray[np.int64]] = []
+        begin = 0
+        while begin < len(pool):
+            last = min(begin + strip_size, len(pool)) - 1
+            end = int(np.searchsorted(targets, targets[last], side="right"))
+            strip = pool[begin:end]
+            strip = strip[np.argsort(self._lengths[strip, 0], kind="stable")]
+            strips.append(strip[::-1] if len(strips) % 2 else strip)
+            begin = end
+        return np.concatenate(strips)
+
+    def _cut(self, pool: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        if self._batch_tokens is None:
+            yield from np.split(pool, range(self._batch_size, len(pool), self._batch_size))
+            return
+        longest = self._lengths[pool].max(axis=1)
+        begin = 0
+        while begin < len(pool):
+            window = longest[begin : begin + self._batch_tokens]
+            num_padded = np.maximum.accumulate(window) * np.arange(1, len(window) + 1)
+            end = begin + max(1, int(np.searchsorted(num_padded, self._batch_tokens, side="right")))
+            yield pool[begin:end]
+            begin = end

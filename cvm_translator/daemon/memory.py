@@ -52,12 +52,13 @@ def halve_micro_batches(layout: RunLayout, beat: Beat | None) -> str | None:
     config = load_config(layout.config, [], layout.root)
     training = config.teacher.training if beat.stage == "teacher" else config.distillation
     factor = read_factors(layout.micro_batches).get(beat.stage, 1)
-    before = min(training.batch_size, factor * training.grad_accum_steps)
-    if before >= training.batch_size:
+    before = min(training.max_sentences, factor * training.grad_accum_steps)
+    if before >= training.max_sentences:
         return None
     write_factor(layout.micro_batches, beat.stage, 2 * factor)
-    after = min(training.batch_size, 2 * before)
+    after = min(training.max_sentences, 2 * before)
+    size = f"{training.max_sentences} {'sentences' if training.batch_tokens is None else 'tokens'}"
     return (
         f"{beat.stage} goes on with {after} micro-batches a step instead of {before}"
-        f" and the same effective batch of {training.batch_size} sentences; not bit for bit from here on"
+        f" and the same effective batch of {size}; not bit for bit from here on"
     )

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.config.schema import ModelConfig, TrainingConfig
+from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import Tokenizer
@@ -38,6 +39,19 @@ def build_dataset(
     if dataset.num_dropped:
         context.note(f"{dataset.num_dropped} training pairs are longer than max_length and are left out")
     return dataset
+
+
+def build_batches(
+    context: RunContext, dataset: DistillationDataset, settings: TrainingConfig, seed: int
+) -> BatchSchedule:
+    """The order of the training pairs, with what its padding costs told."""
+    batches = BatchSchedule(dataset.lengths, settings.batch_size, seed, batch_tokens=settings.batch_tokens)
+    size = f"{settings.max_sentences:,} {'sentences' if settings.batch_tokens is None else 'padded tokens'}"
+    context.note(
+        f"batches of {size}, {batches.num_batches_per_epoch:,} an epoch;"
+        f" {batches.padding_efficiency():.1%} of what they hold is text, the rest padding"
+    )
+    return batches
 
 
 def build_store(context: RunContext, directory: Path) -> CheckpointStore:
@@ -100,7 +114,7 @@ def build_judge(
 def cut_for_memory(context: RunContext, stage_name: str, settings: Training) -> Training:
     """The settings with as many micro-batches as the memory was found to need; the effective batch stays."""
     factor = read_factors(context.layout.micro_batches).get(stage_name, 1)
-    num_micro_batches = min(settings.batch_size, factor * settings.grad_accum_steps)
+    num_micro_batches = min(settings.max_sentences, factor * settings.grad_accum_steps)
     return settings.model_copy(update={"grad_accum_steps": num_micro_batches})
 
 

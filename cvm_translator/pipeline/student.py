@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from cvm_translator.checkpoints.store import CheckpointStore
-from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.losses.distillation import DistillationLoss
@@ -23,6 +22,7 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
 from cvm_translator.pipeline.formats import Calibration, build_course, build_deploy, build_prepare, check_settings
 from cvm_translator.pipeline.parts import (
+    build_batches,
     build_dataset,
     build_judge,
     build_store,
@@ -92,7 +92,9 @@ def _run_loop(
     record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)
     check_settings(config.quantization, student)
     calibration = Calibration(dataset, config.quantization.calibration_sentences, config.seed)
-    states_bytes = find_states_bytes(context, teacher, dataset)
+    batches = build_batches(context, dataset, settings, config.seed)
+    num_epochs = settings.num_iterations / batches.num_batches_per_epoch
+    states_bytes = find_states_bytes(context, teacher, dataset, num_epochs)
     more_bytes = 0 if states_bytes is None else check_room_for_states(context, teacher, dataset, states_bytes)
     preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"], more_bytes)
     preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
@@ -107,7 +109,7 @@ def _run_loop(
             model=student,
             objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),
             dataset=dataset,
-            batches=BatchSchedule(dataset.lengths, settings.batch_size, config.seed),
+            batches=batches,
             store=store,
             events=context.events,
             judge=build_judge(
@@ -146,11 +148,12 @@ def states_directory(context: RunContext) -> Path:
     return (context.config.teacher.cache_dir or context.layout.teacher) / "states"
 
 
-def find_states_bytes(context: RunContext, teacher: Teacher, dataset: DistillationDataset) -> int | None:
+def find_states_bytes(
+    context: RunContext, teacher: Teacher, dataset: DistillationDataset, num_epochs: float
+) -> int | None:
     """Size of the teacher's stored states where they are exact and pay; None: the teacher runs at each step."""
     config, settings = context.config, context.config.distillation
-    num_visits = settings.num_iterations * settings.batch_size / max(1, len(dataset))
-    if settings.alpha == 0 or not config.teacher.store_states or config.fault_injection or num_visits <= 1.5:
+    if settings.alpha == 0 or not config.teacher.store_states or config.fault_injection or num_epochs <= 1.5:
         return None
     if not uses_bfloat16(settings.precision, context.device):
         return None

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvm_translator.config.schema import ModelConfig, RunConfig, ValidationSettings
-from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.errors import ConfigError
 from cvm_translator.losses.distillation import DistillationLoss
@@ -19,6 +18,7 @@ from cvm_translator.models.initialization import init_random
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
 from cvm_translator.pipeline.parts import (
+    build_batches,
     build_dataset,
     build_judge,
     build_store,
@@ -101,8 +101,9 @@ def _load_teacher(context: RunContext, path: Path) -> Teacher:
 def _train_or_reuse_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Teacher, bool]:
     config, folder = context.config.teacher, context.layout.teacher / "model"
     inputs = {
-        "model": config.model.model_dump(),
-        "training": config.training.model_dump(),
+        # what is not set is left out, so that a setting added later does not make every cached teacher a stranger
+        "model": config.model.model_dump(exclude_none=True),
+        "training": config.training.model_dump(exclude_none=True),
         "seed": config.seed,
         "corpus": [atomic.sha256_file(context.layout.corpus / f"{name}.tsv") for name in ("train", "validation")],
         "tokenizer": tokenizer.sha256,
@@ -160,7 +161,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             model=model,
             objective=DistillationObjective(model, loss),
             dataset=dataset,
-            batches=BatchSchedule(dataset.lengths, config.training.batch_size, config.seed),
+            batches=build_batches(context, dataset, config.training, config.seed),
             store=build_store(context, context.layout.teacher / "checkpoints"),
             events=context.events,
             judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, deploy_as_it_is),

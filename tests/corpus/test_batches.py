@@ -60,19 +60,66 @@ def test_streams_epochs_and_seeds_differ() -> None:
     assert draw(BatchSchedule(lengths, 10, 1), 40) == runs[0]
 
 
-def test_batches_are_bucketed_by_length() -> None:
+def test_batches_are_bucketed_by_length_and_the_buckets_shuffled() -> None:
     lengths = make_lengths(5000)
     schedule = BatchSchedule(lengths, 50, seed=3)
     spreads = [np.ptp(lengths[schedule.next()].max(axis=1)) for _ in range(50)]
-    assert np.mean(spreads) < 5  # of 60
+    assert np.mean(spreads) < 15  # of 60, though the sides have nothing to do with each other
     longest = [int(lengths[schedule.next()].max()) for _ in range(30)]
     assert longest != sorted(longest)
+
+
+def make_text_lengths(count: int) -> np.ndarray:
+    """Sources of many lengths, mostly short, and targets that are about as long."""
+    generator = np.random.default_rng(4)
+    sources = np.clip(generator.lognormal(2.3, 0.9, count), 1, 95)
+    return np.stack([sources, np.clip(sources * generator.normal(0.95, 0.2, count), 1, 95)], axis=1).astype(np.int64)
+
+
+@pytest.mark.parametrize("size", [{"batch_size": 32}, {"batch_size": 32, "batch_tokens": 512}])
+def test_little_is_padding(size: dict[str, int]) -> None:
+    schedule = BatchSchedule(make_text_lengths(40_000), seed=3, **size)
+    assert schedule.padding_efficiency() > 0.95
+    padded = real = 0
+    for _ in range(schedule.num_batches_per_epoch):
+        ends = schedule._lengths[schedule.next()]
+        padded, real = padded + int((ends.max(axis=0) * len(ends)).sum()), real + int(ends.sum())
+    assert schedule.padding_efficiency() == pytest.approx(real / padded)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 300), batch_tokens=st.integers(1, 400))
+def test_a_token_budget_is_kept_and_every_sentence_is_seen(count: int, batch_tokens: int) -> None:
+    lengths = make_lengths(count)
+    schedule = BatchSchedule(lengths, 1, seed=1, batch_tokens=batch_tokens)
+    for epoch in range(2):
+        batches = draw(schedule, schedule.num_batches_per_epoch)
+        assert schedule.epoch == epoch
+        assert sorted(index for batch in batches for index in batch) == list(range(count))
+        for batch in batches:
+            assert len(batch) == 1 or (lengths[batch].max() + 1) * len(batch) <= batch_tokens
+        if epoch == 0:
+            first_of_next = schedule.next()
+            schedule.load_state_dict(schedule.state_dict() | {"cursor": 0})
+            assert np.array_equal(schedule.next(), first_of_next)
+            schedule.load_state_dict(schedule.state_dict() | {"cursor": 0})
+
+
+def test_a_budget_is_filled() -> None:
+    lengths = make_text_lengths(5000)
+    schedule = BatchSchedule(lengths, 1, seed=2, batch_tokens=512)
+    sizes = [int((lengths[batch].max() + 1) * len(batch)) for batch in draw(schedule, 100)]
+    assert np.mean(sizes) > 0.9 * 512
 
 
 def test_a_position_of_another_corpus_is_refused() -> None:
     state = BatchSchedule(make_lengths(100), 8, seed=5).state_dict()
     with pytest.raises(ValueError, match="num_sentences 100, now it is 99"):
         BatchSchedule(make_lengths(99), 8, seed=5).load_state_dict(state)
+    with pytest.raises(ValueError, match="order None, now it is 2"):
+        BatchSchedule(make_lengths(100), 8, seed=5).load_state_dict({**state, "order": None})
+    with pytest.raises(ValueError, match="batch_tokens None, now it is 64"):
+        BatchSchedule(make_lengths(100), 8, seed=5, batch_tokens=64).load_state_dict(state)
     with pytest.raises(ValueError, match="batch_size 8, now it is 4"):
         BatchSchedule(make_lengths(100), 4, seed=5).load_state_dict(state)
     with pytest.raises(ValueError, match="outside an epoch"):

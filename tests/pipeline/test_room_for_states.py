@@ -44,7 +44,7 @@ def make_context(root: Path, notes: list[str], **teacher: Any) -> Any:
 
 def test_states_that_are_not_there_yet_need_room(tmp_path: Path, dataset: DistillationDataset, teacher: Any) -> None:
     context = make_context(tmp_path, [])
-    needed = find_states_bytes(context, teacher, dataset)
+    needed = find_states_bytes(context, teacher, dataset, num_epochs=10.0)
     assert needed == 20 * 6 * DIM * 2
     assert check_room_for_states(context, teacher, dataset, needed) == needed
     path = states._states_path(teacher.sha256, dataset, states_directory(context))
@@ -67,5 +67,9 @@ def test_states_over_the_budget_need_none(tmp_path: Path, dataset: DistillationD
     notes: list[str] = []
     context = make_context(tmp_path, notes)
     teacher.model.config.dim = 2**40
-    assert find_states_bytes(context, teacher, dataset) is None
+    assert find_states_bytes(context, teacher, dataset, num_epochs=10.0) is None
     assert "over teacher.states_budget_mib" in notes[0]
+
+
+def test_states_do_not_pay_for_one_epoch(tmp_path: Path, dataset: DistillationDataset, teacher: Any) -> None:
+    assert find_states_bytes(make_context(tmp_path, []), teacher, dataset, num_epochs=1.0) is None
