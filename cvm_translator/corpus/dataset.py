@@ -35,6 +35,8 @@ class Batch:
     """(B, T) eos and target tokens."""
     tgt_out: torch.Tensor
     """(B, T) target tokens and eos."""
+    num_source_tokens: int
+    """Real source tokens, eos included."""
     num_tokens: int
     """Real target tokens, eos included: the tokens over which losses are averaged."""
     indices: NDArray[np.int64]
@@ -48,7 +50,7 @@ class Batch:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         src, src_mask, tgt_in, tgt_out = map(change, (self.src, self.src_mask, self.tgt_in, self.tgt_out))
-        return Batch(src, src_mask, tgt_in, tgt_out, self.num_tokens, self.indices)
+        return Batch(src, src_mask, tgt_in, tgt_out, self.num_source_tokens, self.num_tokens, self.indices)
 
     def split(self, num_parts: int) -> list[Batch]:
         """Micro-batches of nearly equal sentence counts, in order, without needless padding."""
@@ -57,13 +59,15 @@ class Batch:
 
     def _cut(self, begin: int, end: int) -> Batch:
         real = self.tgt_out[begin:end] != PAD_ID
-        src_end = int(self.src_mask[begin:end].sum(1).max())
+        source_lengths = self.src_mask[begin:end].sum(1)
+        src_end = int(source_lengths.max())
         tgt_end = int(real.sum(1).max())
         return Batch(
             self.src[begin:end, :src_end],
             self.src_mask[begin:end, :src_end],
             self.tgt_in[begin:end, :tgt_end],
             self.tgt_out[begin:end, :tgt_end],
+            int(source_lengths.sum()),
             int(real.sum()),
             self.indices[begin:end],
         )
@@ -153,6 +157,7 @@ class DistillationDataset:
             torch.from_numpy(src_mask),
             torch.from_numpy(tgt_in),
             torch.from_numpy(tgt_out),
+            int(lengths[:, 0].sum()) + num_rows,
             int(lengths[:, 1].sum()) + num_rows,
             np.asarray(indices, dtype=np.int64),
         )

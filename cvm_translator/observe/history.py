@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cvm_translator.observe.text import as_number, parse_time
+from cvm_translator.observe.text import as_number, is_known, parse_time
 from cvm_translator.runs.events import parse_event, read_lines
 
 Event = dict[str, Any]
@@ -84,6 +84,8 @@ class History:
     recent: deque[Event] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     """The newest train events of the current stage."""
     progress: Event | None = None
+    utilisations: dict[str, float] = field(default_factory=dict)
+    """Share of the machine's arithmetic that each stage's training used, as last told."""
     last_validation: Event | None = None
     validations: list[Event] = field(default_factory=list)
     discarded_validations: list[Event] = field(default_factory=list)
@@ -138,6 +140,8 @@ class History:
             if event.get("stage") not in (None, self.stage):
                 self._enter_stage(event["stage"])
             self.progress = event
+            if is_known(event.get("utilisation")):
+                self.utilisations[str(self.stage)] = event["utilisation"]
             self.step = event["step"] if isinstance(event.get("step"), int) else self.step
         elif kind == "resumed":
             self.resumed = event

@@ -220,7 +220,11 @@ def build_stage_times(facts: Facts) -> list[Block]:
         name: event.get("seconds") for name, event in facts.history.stages_finished.items()
     }
     rows = [[str(name), format_seconds(value)] for name, value in seconds.items() if is_known(value)]
-    return [Fold("Time taken by each stage", [Table(["Stage", "Time"], rows)])] if rows else []
+    if not rows:
+        return []
+    used = [f"{name} {share:.0%}" for name, share in facts.history.utilisations.items()]
+    told = f"Share of the processor's measured peak that training's arithmetic used: {', '.join(used)}."
+    return [Fold("Time taken by each stage", [Table(["Stage", "Time"], rows), *([Text(told)] if used else [])])]
 
 
 def build_validation_table(facts: Facts) -> list[Block]:

@@ -119,6 +119,7 @@ def summarise(
         "checkpoint": _checkpoint(checkpoint, now),
         "steps_per_second": progress.get("steps_per_second") or (1 / step_seconds if step_seconds else None),
         "tokens_per_second": progress.get("tokens_per_second"),
+        "utilisation": progress.get("utilisation"),
         "memory_mib": progress.get("memory_mib"),
         "eta_seconds": progress.get("eta_seconds") if state == "running" else None,
         "idle_seconds": idle_seconds,

@@ -8,6 +8,7 @@ monotonic clock, so a wall clock that jumps raises no alarm.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -81,6 +82,8 @@ class FileHints:
         from watchdog.events import FileSystemEventHandler
         from watchdog.observers import Observer
 
+        # An emitter that is stopped while it reads says so on standard error, which nobody needs to know.
+        logging.getLogger("watchdog").setLevel(logging.CRITICAL)
         changed = self.changed
 
         class Handler(FileSystemEventHandler):

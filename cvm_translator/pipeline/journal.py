@@ -25,6 +25,11 @@ from cvm_translator.runs.rotation import QuietRotatingHandler, rotate_copy
 Event = dict[str, Any]
 
 
+def _describe_utilisation(event: Event) -> str:
+    share = event.get("utilisation")
+    return f"  {share:.0%} of peak" if share is not None else ""
+
+
 def _describe_losses(event: Event) -> str:
     """Of a progress event; where every batch since the last one was skipped there are none."""
     if event["loss"] is None:
@@ -65,8 +70,8 @@ def describe_event(event: Event) -> str | None:
     if kind == "progress":
         return (
             f"{stage} step {step}/{event['num_iterations']}  {event['steps_per_second']:.1f} steps/s"
-            f"  {event['tokens_per_second']:.0f} tokens/s  {format_seconds(event['eta_seconds'])} left"
-            f"  {_describe_losses(event)}"
+            f"  {event['tokens_per_second']:.0f} tokens/s{_describe_utilisation(event)}"
+            f"  {format_seconds(event['eta_seconds'])} left  {_describe_losses(event)}"
         )
     if kind == "validation":
         scores = "  ".join(f"{name} {value:.2f}" for name, value in event["scores"].items())

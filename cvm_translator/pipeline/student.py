@@ -40,6 +40,7 @@ from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.resume import delivered_weights
 from cvm_translator.training.setup import LoopOutcome, LoopSetup
 from cvm_translator.training.state import LoopState, seed_everything
+from cvm_translator.training.utilisation import StepCost, measure_peak
 from cvm_translator.validation import ValidationConfig
 from cvm_translator.validation.preflight import check_disk
 
@@ -127,6 +128,12 @@ def _run_loop(
             device=context.device,
             num_threads=context.config.num_threads,
             validate_every_steps=config.validation.every_steps,
+            cost=StepCost(
+                student,
+                teacher.model if loss.needs_teacher else None,
+                states is not None,
+                measure_peak(settings.precision, context.device),
+            ),
             widths=build_course(config),
             prepare=build_prepare(config.quantization),
             faults=list(config.fault_injection),

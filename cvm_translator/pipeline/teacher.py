@@ -34,6 +34,7 @@ from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.resume import delivered_weights
 from cvm_translator.training.setup import LoopSetup
 from cvm_translator.training.state import seed_everything
+from cvm_translator.training.utilisation import StepCost, measure_peak
 from cvm_translator.validation import ValidationConfig
 from cvm_translator.validation.preflight import check_disk
 
@@ -161,6 +162,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             model=model,
             objective=DistillationObjective(model, loss),
             dataset=dataset,
+            cost=StepCost(model, None, False, measure_peak(config.training.precision, context.device)),
             batches=build_batches(context, dataset, config.training, config.seed),
             store=build_store(context, context.layout.teacher / "checkpoints"),
             events=context.events,

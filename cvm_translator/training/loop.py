@@ -46,7 +46,8 @@ class TrainingLoop:
         threshold = setup.guard.spike_threshold if setup.guard.enabled else math.inf
         self.spikes = SpikeWindow(setup.guard.spike_window_steps, threshold)
         self.decision = DecisionFile(setup.store.directory / "rollback.json")
-        self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations)
+        peak = setup.cost.peak if setup.cost is not None else None
+        self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations, peak)
         self.is_paused = False
         self._saved_executed_steps: int | None = None
 
@@ -109,11 +110,12 @@ class TrainingLoop:
         learning_rate *= learning_rate_factor(faults)
         setup.model.train()
         setup.prepare(setup.model, setup.widths.training_bits(step, state.width_index))
+        batch = setup.dataset.batch(setup.batches.next())
         result = train_step(
             setup.model,
             setup.objective,
             self.optimizer,
-            setup.dataset.batch(setup.batches.next()).to(setup.device),
+            batch.to(setup.device),
             setup.settings,
             self.spikes,
             learning_rate=learning_rate,
@@ -142,7 +144,7 @@ class TrainingLoop:
             num_tokens=result.num_tokens,
             skipped=result.rejected is not None,
         )
-        self.progress.count(result, state)
+        self.progress.count(result, state, setup.cost.count(batch) if setup.cost is not None else 0.0)
         return result
 
     # -------------------------------------------------------------------------------------------- verdicts and rollback

@@ -20,6 +20,7 @@ from cvm_translator.training.guard import Judge
 from cvm_translator.training.objectives import Objective
 from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.state import LoopState
+from cvm_translator.training.utilisation import StepCost
 from cvm_translator.training.widths import NO_COURSE, WidthCourse
 
 
@@ -52,6 +53,8 @@ class LoopSetup:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     control: ControlFile | None = None
     """What observers ask for, if anybody can."""
+    cost: StepCost | None = None
+    """What a step's arithmetic is, where its share of the machine's is to be told."""
     faults: list[FaultInjection] | None = None
     num_threads: int | None = None
     """The thread count that the config asks for, if it asks for one."""

@@ -35,15 +35,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def run(tmp_path: Path, clock: Clock, steps: list[tuple[float, StepResult]]) -> list[dict[str, Any]]:
+def run(
+    tmp_path: Path, clock: Clock, steps: list[tuple[float, StepResult]], peak: float | None = None
+) -> list[dict[str, Any]]:
     path = tmp_path / "events.jsonl"
     with EventWriter(path) as events:
-        meter = progress.ProgressMeter(events, "distil", num_iterations=1000)
+        meter = progress.ProgressMeter(events, "distil", num_iterations=1000, peak=peak)
         state = LoopState()
         for seconds, step in steps:
             clock.now += seconds
             state.step += 1
-            meter.count(step, state)
+            meter.count(step, state, num_flops=10.0 * step.num_tokens)
     return list(read_events(path))
 
 
@@ -54,6 +56,14 @@ def test_loss_is_the_mean_over_tokens_since_the_last_report(tmp_path: Path, cloc
     assert second["loss"] == pytest.approx((5.0 * 10 + 4.0 * 30) / 40)
     for name in ("distillation_loss", "task_loss"):
         assert isinstance(first[name], float)
+
+
+def test_utilisation_is_the_share_of_the_peak(tmp_path: Path, clock: Clock) -> None:
+    steps = [(3.0, result(2.0, 100)), (3.0, result(1.0, 300))]
+    (unknown,) = run(tmp_path / "unknown", clock, steps)
+    assert unknown["utilisation"] is None
+    (known,) = run(tmp_path / "known", clock, steps, peak=1000.0)
+    assert known["utilisation"] == pytest.approx(4000.0 / 6.0 / 1000.0)
 
 
 def test_rejected_batches_do_not_count_towards_the_loss(tmp_path: Path, clock: Clock) -> None:
