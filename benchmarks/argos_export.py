@@ -35,7 +35,7 @@ from benchmarks import common, evidence
 from benchmarks.common import BenchmarkError
 from cvm_translator.corpus.build import load_split
 from cvm_translator.metrics import Metric, MetricOptions, build_metrics
-from cvm_translator.models.folder import load_model_config
+from cvm_translator.models.description import load_model_config
 from cvm_translator.models.runtimes import RuntimeSettings, load_runtime
 from cvm_translator.models.runtimes.base import limit_output
 from cvm_translator.pipeline.export import ExportRequest, export_model

@@ -164,7 +164,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 def describe_config(data: Mapping[str, Any]) -> str:
     """The config of a benchmark's results, with what was set over it."""
     settings = [setting for setting in data["settings"] if not setting.startswith("teacher.cache_dir=")]
-    return data["config"] + (f" with {', '.join(settings)}" if settings else "")
+    return str(data["config"]) + (f" with {', '.join(settings)}" if settings else "")
 
 
 def describe_checks(failures: Mapping[str, Sequence[str]]) -> list[str]:

@@ -32,7 +32,7 @@ from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.records import Pair
 from cvm_translator.metrics import MetricOptions, build_metrics
 from cvm_translator.metrics.resampling import paired_bootstrap, resampling_counts
-from cvm_translator.models.folder import load_model_config
+from cvm_translator.models.description import load_model_config
 from cvm_translator.pipeline.export import ExportRequest, export_model
 from cvm_translator.runs import atomic
 from cvm_translator.runs.layout import RunLayout

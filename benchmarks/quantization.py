@@ -280,7 +280,8 @@ def main() -> int:
     if options.qat4 and len(options.qat4) != len(options.runs):
         raise BenchmarkError("--qat4 is given once for each --run, in the same order, or not at all")
     qat4 = options.qat4 or [None] * len(options.runs)
-    measured, first = [], {}
+    measured: list[dict[str, Any]] = []
+    first: dict[str, Any] = {}
     for run, trained in zip(options.runs, qat4, strict=True):
         work = options.work.resolve() / run.resolve().name
         folders = build_folders(run.resolve(), trained, work)

@@ -170,7 +170,7 @@ def sweep_drift(simulated: Simulated, guard: GuardConfig) -> list[dict[str, floa
     rows = []
     for allowance, limit in itertools.product(ALLOWANCES, LIMITS):
         chosen = guard.model_copy(update={"drift_allowance": allowance, "drift_limit": limit})
-        alarms = find_alarms(simulated.healthy, chosen).any(axis=-1)
+        alarms = np.asarray(find_alarms(simulated.healthy, chosen).any(axis=-1))
         single = find_alarms(simulated.healthy, guard.model_copy(update={"drift_limit": None})).any(axis=-1)
         rows.append(
             {

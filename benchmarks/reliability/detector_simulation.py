@@ -173,7 +173,8 @@ class Simulator:
         choices = np.stack(
             [np.searchsorted(edge, row * edge[-1], side="right") for edge, row in zip(edges, uniform, strict=True)]
         )
-        return self.recording.checkpoints[np.minimum(choices, self.recording.num_mixed), sentences]
+        drawn: Float32Array = self.recording.checkpoints[np.minimum(choices, self.recording.num_mixed), sentences]
+        return drawn
 
     def measure(self, sentences: NDArray[np.int64], statistics: Float32Array) -> tuple[FloatArray, FloatArray]:
         """Q (V,) and its draws (V, draws), the teacher resampled along, as the detector computes them."""

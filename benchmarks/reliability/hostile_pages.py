@@ -85,7 +85,7 @@ def write_hostile_run(root: Path, payloads: list[str]) -> None:
     with EventWriter(root / "logs" / "events.jsonl") as events:
         for number, text in enumerate(payloads, start=1):
             events.write("warning", step=1, code=text, message=text)
-            recipe = {"rollback_number": number, "learning_rate_factor": 0.5, "data_stream": number}
+            recipe: dict[str, Any] = {"rollback_number": number, "learning_rate_factor": 0.5, "data_stream": number}
             events.write("rollback", step=2000, stage="distil", reason=text, from_step=2000, to_step=1999, **recipe)
             events.write("verdict", step=2000, stage="distil", verdict=text, action=text, reason=text, best_step=1000)
         scores = {"bleu": 30.0} | dict.fromkeys(payloads, 1.0)

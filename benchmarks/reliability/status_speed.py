@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import common, evidence
 from benchmarks.common import BenchmarkError
@@ -51,7 +52,7 @@ def main() -> int:
     imported = call_status(options.run, "-X", "importtime").stderr
     is_light = all(line.rsplit("|", 1)[-1].strip() != "torch" for line in imported.splitlines())
     median = statistics.median(seconds)
-    data = {
+    data: dict[str, Any] = {
         "num_events": sum(1 for _ in read_events(RunLayout(options.run).events)),
         "num_cores": os.cpu_count(),
         "seconds": seconds,
