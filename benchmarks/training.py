@@ -189,9 +189,11 @@ def run_ours(parts: Parts, folder: Path, *, has_stored_states: bool) -> dict[str
             )
         )
         loop.run()
-    rate = watch.rate()
-    batch = parts.dataset.batch(np.arange(problem.batch_size))
-    return figures | {"tokens_per_second": rate, "utilisation": cost.count(batch) / batch.num_tokens * rate / cost.peak}
+    figures["tokens_per_second"] = watch.rate()
+    if cost.peak is not None:
+        batch = parts.dataset.batch(np.arange(problem.batch_size))
+        figures["utilisation"] = cost.count(batch) / batch.num_tokens * figures["tokens_per_second"] / cost.peak
+    return figures
 
 
 # ----------------------------------------------------------------------------------------------------------- their side
@@ -227,9 +229,11 @@ def run_theirs(parts: Parts, folder: Path, *, is_tuned: bool) -> dict[str, float
             if teacher is None:
                 return super().compute_loss(model, inputs, return_outputs, **kwargs)
             outputs = model(**inputs)
-            with torch.no_grad():
-                wanted = teacher(**inputs).logits
             real = inputs["labels"] != IGNORED
+            shifted = nn.functional.pad(inputs["labels"].masked_fill(~real, 1)[:, :-1], (1, 0), value=2)
+            with torch.no_grad():  # without labels, so that the teacher computes no loss
+                sources = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+                wanted = teacher(**sources, decoder_input_ids=shifted, use_cache=False).logits
             divergence = nn.functional.kl_div(
                 (outputs.logits[real].float() / TEMPERATURE).log_softmax(-1),
                 (wanted[real].float() / TEMPERATURE).log_softmax(-1),
@@ -286,7 +290,7 @@ def measure(name: str, problem: Problem, num_threads: int) -> dict[str, float]:
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=common.REPOSITORY, check=False)
     if done.returncode:
-        raise BenchmarkError(f"{name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise BenchmarkError(f"{name} failed: {evidence.last_words(done)}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -350,6 +354,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="T")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.num_warm_up < 1 or options.num_steps < 1:
+        raise BenchmarkError("--num-steps and --num-warm-up are at least 1")
     problem = Problem(
         options.student,
         options.teacher,

@@ -85,7 +85,7 @@ def measure(setting: str, num_cores: int, seconds: float, *, with_neighbour: boo
             neighbour.kill()
             neighbour.wait()
     if done.returncode:
-        raise BenchmarkError(f"a training process failed: {done.stderr.strip().splitlines()[-1]}")
+        raise BenchmarkError(f"a training process failed: {evidence.last_words(done)}")
     return float(done.stdout)
 
 

@@ -53,6 +53,11 @@ class BatchSchedule:
         """Of this epoch: with a token budget others may have some more or fewer."""
         return len(self._batches)
 
+    @property
+    def largest_batch(self) -> int:
+        """Sentences of the largest batch of this epoch."""
+        return max(map(len, self._batches))
+
     def padding_efficiency(self) -> float:
         """Real tokens of this epoch over the padded positions that its batches compute, both sides together."""
         num_padded = sum(int(self._lengths[batch].max(axis=0).sum()) * len(batch) for batch in self._batches)

@@ -45,7 +45,7 @@ def halve_micro_batches(layout: RunLayout, beat: Beat | None) -> str | None:
     """Let the stage that ran out of memory go on with twice as many micro-batches; returns it in words.
 
     None, and nothing is changed, where that cannot help: the memory ran out elsewhere than in a training step, or every
-    micro-batch is one sentence already.
+    micro-batch is one sentence already. With a token budget the trainer knows that, and tells it when it starts.
     """
     if beat is None or beat.phase != "step" or beat.stage not in ("teacher", "distil"):
         return None
@@ -59,6 +59,6 @@ def halve_micro_batches(layout: RunLayout, beat: Beat | None) -> str | None:
     after = min(training.max_sentences, 2 * before)
     size = f"{training.max_sentences} {'sentences' if training.batch_tokens is None else 'tokens'}"
     return (
-        f"{beat.stage} goes on with {after} micro-batches a step instead of {before}"
+        f"{beat.stage} goes on with up to {after} micro-batches a step instead of {before}"
         f" and the same effective batch of {size}; not bit for bit from here on"
     )

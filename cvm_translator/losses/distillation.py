@@ -150,6 +150,8 @@ class DistillationLoss:
                 f"temperature {temperature} must be positive, alpha {alpha} and beta {beta} at least 0, "
                 f"label_smoothing {label_smoothing} in [0, 1)"
             )
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"unknown divergence {divergence!r}: known are {', '.join(DIVERGENCES)}")
         self.temperature, self.alpha, self.beta = temperature, alpha, beta
         self.label_smoothing, self.divergence = label_smoothing, divergence
 

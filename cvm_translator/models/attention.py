@@ -5,9 +5,9 @@ matrix product: query, key, value in self-attention (`qkv`), key and value in cr
 token by token, keys and values are kept in an `AttentionCache` and only the new token is computed. A decoder whose
 `core_capacity` is set keeps them in that many slots instead (see `slots`).
 
-One exception: in bfloat16 on a CPU the two products and the softmax are written out, because the backward pass of
+Two exceptions. In bfloat16 on a CPU the two products and the softmax are written out, because the backward pass of
 PyTorch's kernel is six to seven times slower there (7.3 ms against 1.1 ms for 32 × 14 tokens, torch 2.13, one Zen 5
-core).
+core). And so they are in the self-attention of a decoder with slots while it trains: no kernel averages logits.
 
 Shapes: B batch, T target or S source length, D hidden size, H heads, d = D / H.
 """
@@ -31,13 +31,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool
     A bool mask is True where attention is allowed; a float one is added to the logits.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
     if causal:
         scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=scores.dtype).triu_(1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    y: Tensor = scores.softmax(-1) @ v
+    y: Tensor = scores.softmax(-1).to(v.dtype) @ v
     return y
 
 

@@ -8,11 +8,13 @@ one slot too many, the two neighbours a, b with the least
 *merge*: what the merger adds to the squared distance of the keys from their slots' means (Ward's criterion), in
 float32, the leftmost of equals. Attention adds log n to a slot's logit, so a slot weighs what its tokens would if all
 had the slot's mean logit; this is the same as softmax attention over tokens whose logits are averaged within their
-slots, which is how training computes it for all target positions at once. Which slots merge carries no gradient.
+slots, which is how training computes it for all target positions at once, once a loop over the positions has found the
+slots. Which slots merge carries no gradient.
 
 Self-attention appends one token at a time and never merges the newest slot (so s is at least 2); cross-attention takes
 all source tokens of a sentence, padding left out, and merges until s slots are left. Each layer, head and sentence
-merges for itself.
+merges for itself. A rounding error can turn the choice between two pairs that cost nearly the same, and what follows
+differs by more than rounding then: "up to float rounding", as said of decoding elsewhere, has this exception.
 
 Shapes: B batch, H heads, R = B · H, L slots, T target and S source length, d size of a head.
 """
@@ -95,10 +97,10 @@ class SlotCache:
             slots.merge(slots.find_cheapest(self._capacity))
         assert slots.values is not None
         keys, values, bias = (
-            means.to(self._type).view(-1, self._num_heads, *means.shape[1:])
+            means.view(-1, self._num_heads, *means.shape[1:])
             for means in (slots.keys, slots.values, slots.counts.log())
         )
-        return keys, values, bias.unsqueeze(2)
+        return keys.to(self._type), values.to(self._type), bias.unsqueeze(2)
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in the given order; rows may repeat."""
@@ -166,7 +168,7 @@ def merge_source(
         sums = sums.scatter_add(2, index, _wide(vectors) * is_real[..., None])
         return (sums / counts.clamp(min=1.0)[..., None]).to(vectors.dtype)
 
-    return average(keys), average(values), counts.log().to(keys.dtype).unsqueeze(2)
+    return average(keys), average(values), counts.log().unsqueeze(2)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def describe_speed(status: Mapping[str, Any]) -> str:
     if is_known(status["tokens_per_second"]):
         parts.append(f"{format_count(status['tokens_per_second'])} tokens/s")
     if is_known(status["utilisation"]):
-        parts.append(f"{status['utilisation']:.0%} of the machine's arithmetic")
+        parts.append(f"{format_percent(status['utilisation'], 0)} of peak")
     if is_known(status["eta_seconds"]):
         parts.append(f"{format_seconds(status['eta_seconds'])} left in this stage")
     return ", ".join(parts)

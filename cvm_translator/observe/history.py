@@ -84,8 +84,8 @@ class History:
     recent: deque[Event] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     """The newest train events of the current stage."""
     progress: Event | None = None
-    utilisations: dict[str, float] = field(default_factory=dict)
-    """Share of the machine's arithmetic that each stage's training used, as last told."""
+    utilisations: dict[str, list[float]] = field(default_factory=dict)
+    """What was told of each stage's share of the processor's peak, every few seconds."""
     last_validation: Event | None = None
     validations: list[Event] = field(default_factory=list)
     discarded_validations: list[Event] = field(default_factory=list)
@@ -140,8 +140,9 @@ class History:
             if event.get("stage") not in (None, self.stage):
                 self._enter_stage(event["stage"])
             self.progress = event
-            if is_known(event.get("utilisation")):
-                self.utilisations[str(self.stage)] = event["utilisation"]
+            utilisation = as_number(event.get("utilisation"))
+            if is_known(utilisation):
+                self.utilisations.setdefault(str(self.stage), []).append(utilisation)
             self.step = event["step"] if isinstance(event.get("step"), int) else self.step
         elif kind == "resumed":
             self.resumed = event

@@ -111,6 +111,7 @@ def _run_samples(status: Mapping[str, Any], history: History) -> list[_Sample]:
             for name, value in (scores or {}).items()
         ),
         _Sample("steps_per_second", "Speed of the stage.", status["steps_per_second"], stage=stage),
+        _Sample("utilisation_ratio", "Share of the processor's measured peak.", status["utilisation"], stage=stage),
         _Sample("tokens_per_second", "Speed of the stage.", status["tokens_per_second"], stage=stage),
         _Sample("eta_seconds", "Time that the stage still needs.", status["eta_seconds"], stage=stage),
         _Sample("idle_seconds", "Time without progress.", status["idle_seconds"]),

@@ -6,6 +6,7 @@ Every function is pure. What was not measured says `not measured`; no number is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from cvm_translator.observe.advice import advise
@@ -222,8 +223,8 @@ def build_stage_times(facts: Facts) -> list[Block]:
     rows = [[str(name), format_seconds(value)] for name, value in seconds.items() if is_known(value)]
     if not rows:
         return []
-    used = [f"{name} {share:.0%}" for name, share in facts.history.utilisations.items()]
-    told = f"Share of the processor's measured peak that training's arithmetic used: {', '.join(used)}."
+    used = [f"{name} {fmean(shares):.0%}" for name, shares in facts.history.utilisations.items()]
+    told = f"Share of the processor's measured peak that the training steps used, on average: {', '.join(used)}."
     return [Fold("Time taken by each stage", [Table(["Stage", "Time"], rows), *([Text(told)] if used else [])])]
 
 

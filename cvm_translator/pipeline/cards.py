@@ -71,8 +71,9 @@ def build_model_card(config: RunConfig, final: dict[str, Any]) -> str:
         "",
         f"{final['num_iterations']:,} distillation steps ({final['executed_steps']:,} executed,"
         f" {len(final['rollbacks'])} rollbacks), best validation at step {final['best_step']}; temperature"
-        f" {config.distillation.temperature:g}, alpha {config.distillation.alpha:g}, beta {config.distillation.beta:g};"
-        f" {_describe_quantization(config)}. Trained on"
+        f" {config.distillation.temperature:g}, alpha {config.distillation.alpha:g}, beta {config.distillation.beta:g},"
+        f" divergence {config.distillation.divergence}; {_describe_quantization(config)}.{_describe_bound(config)}"
+        " Trained on"
         f" {final['corpus']['train']:,} sentence pairs (SHA-256 of the corpus {final['corpus']['sha256'][:16]}).",
         "All settings are in `metadata.json`, the evidence in the run's `reports/comparison_report.md`.",
         "",
@@ -82,6 +83,13 @@ def build_model_card(config: RunConfig, final: dict[str, Any]) -> str:
         " your own text (`cvm-translator validate`) before you rely on it.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _describe_bound(config: RunConfig) -> str:
+    capacity = config.student.model.core_capacity
+    if capacity is None:
+        return ""
+    return f" Its decoder's attention keeps at most {capacity} slots, which other runtimes do not have."
 
 
 def describe_outcome(final: dict[str, Any]) -> str:

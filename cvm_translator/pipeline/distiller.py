@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import yaml
 
 from cvm_translator.config import RunConfig, dump_config
@@ -126,7 +127,7 @@ class ModelDistiller:
         """
         path = self.layout.config
         if path.exists() and self._has_trained():
-            difference = _first_difference(_read_config(path), self.config.to_plain())
+            difference = _first_difference(_fill_in(_read_config(path)), self.config.to_plain())
             if difference is not None:
                 raise RunFolderError(
                     f"{self.layout.root} holds a run with another config ({difference}): "
@@ -218,6 +219,13 @@ def _read_config(path: Path) -> Any:
         raise RunFolderError(
             f"{path} cannot be read as YAML ({error}): restore it, or delete it and run the same config again"
         ) from None
+
+
+def _fill_in(config: Any) -> Any:
+    """The config with the defaults of settings that an older version did not have; as it is where that is no config."""
+    with contextlib.suppress(pydantic.ValidationError):
+        return RunConfig.model_validate(config).to_plain()
+    return config
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> str | None:

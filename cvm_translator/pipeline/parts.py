@@ -12,7 +12,7 @@ from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import Tokenizer
-from cvm_translator.errors import CorpusError
+from cvm_translator.errors import ConfigError, CorpusError
 from cvm_translator.models.decoding import translate_texts
 from cvm_translator.models.folder import save_model
 from cvm_translator.models.transformer import CvmTransformer
@@ -111,9 +111,17 @@ def build_judge(
     )
 
 
-def cut_for_memory(context: RunContext, stage_name: str, settings: Training) -> Training:
-    """The settings with as many micro-batches as the memory was found to need; the effective batch stays."""
+def cut_for_memory(context: RunContext, stage_name: str, settings: Training, batches: BatchSchedule) -> Training:
+    """The settings with as many micro-batches as the memory was found to need; the effective batch stays.
+
+    Raises ConfigError where memory ran out although each micro-batch was one sentence.
+    """
     factor = read_factors(context.layout.micro_batches).get(stage_name, 1)
+    if factor > 1 and factor // 2 * settings.grad_accum_steps >= batches.largest_batch:
+        raise ConfigError(
+            f"{stage_name} ran out of memory with one sentence a micro-batch: make the model smaller, or lower"
+            f" max_length, which leaves the longest pairs out (then remove {context.layout.micro_batches})"
+        )
     num_micro_batches = min(settings.max_sentences, factor * settings.grad_accum_steps)
     return settings.model_copy(update={"grad_accum_steps": num_micro_batches})
 

@@ -59,7 +59,8 @@ def distil(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, teacher: T
     config = context.config
     store = build_store(context, context.layout.checkpoints)
     inputs = {"teacher": teacher.sha256, "corpus": corpus.sha256, "tokenizer": tokenizer.sha256}
-    inputs |= {name: config.to_plain()[name] for name in _SETTINGS}
+    # without defaults: a setting that is added later does not make a finished loop another one
+    inputs |= config.model_dump(mode="json", include=set(_SETTINGS), exclude_defaults=True)
     record = StageRecord(context.layout, "distil", inputs)
     with stage(context, "distil") as note:
         result = record.load()
@@ -105,7 +106,7 @@ def _run_loop(
     loop = TrainingLoop(
         LoopSetup(
             stage="distil",
-            settings=cut_for_memory(context, "distil", settings),
+            settings=cut_for_memory(context, "distil", settings, batches),
             guard=config.guard,
             model=student,
             objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),

@@ -153,17 +153,18 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
     settings = ValidationConfig.from_run(context.config, str(context.device))
     settings = dataclasses.replace(settings, settings=_surface_metrics(settings.settings))
     validator = build_validator(context, corpus, tokenizer, settings, context.layout.teacher / "validation")
+    batches = build_batches(context, dataset, config.training, config.seed)
     seed_everything(config.seed)
     loop = TrainingLoop(
         LoopSetup(
             stage="teacher",
-            settings=cut_for_memory(context, "teacher", config.training),
+            settings=cut_for_memory(context, "teacher", config.training, batches),
             guard=context.config.guard.model_copy(update={"enabled": True}),
             model=model,
             objective=DistillationObjective(model, loss),
             dataset=dataset,
             cost=StepCost(model, None, False, measure_peak(config.training.precision, context.device)),
-            batches=build_batches(context, dataset, config.training, config.seed),
+            batches=batches,
             store=build_store(context, context.layout.teacher / "checkpoints"),
             events=context.events,
             judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, deploy_as_it_is),

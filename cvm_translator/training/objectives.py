@@ -32,7 +32,7 @@ class Objective(Protocol):
 
 
 class DistillationObjective:
-    """alpha · T² · KL(teacher ‖ student) + beta · cross-entropy; the task term alone without a teacher.
+    """alpha · T² · divergence from the teacher + beta · cross-entropy; the task term alone without a teacher.
 
     The teacher runs in evaluation mode and without gradients; with `states`, its stored hidden states are read instead.
     """

@@ -63,7 +63,13 @@ def restore(
     if average is not None:
         average.load_tensors(checkpoint.tensors["ema"], plain["num_averaged"])
     state = LoopState.from_plain(plain["loop"])
-    setup.batches.load_state_dict(plain["batches"])
+    try:
+        setup.batches.load_state_dict(plain["batches"])
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: {error}: move {setup.store.directory} away to train again, or finish the run with the"
+            " version and the corpus that began it"
+        ) from error
     setup.judge.load_state_dict(plain["judge"])
     spikes.load_state_dict(plain["spikes"])
     restore_random_state(checkpoint.torch_states["random"])

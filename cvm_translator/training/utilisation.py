@@ -19,13 +19,23 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.training.device import uses_bfloat16
 
 _SIZES = {"cpu": 1024}
-_DEFAULT_SIZE = 8192
+_DEFAULT_SIZE = 4096
 _NUM_TRIALS = 5
 BACKWARD_FACTOR = 2.0
 
 
-def measure_peak(precision: str, device: torch.device) -> float:
-    """Floating-point operations per second of the best matrix product found; takes tenths of a second."""
+def measure_peak(precision: str, device: torch.device) -> float | None:
+    """Floating-point operations per second of the best matrix product found; takes tenths of a second.
+
+    None where the memory is too short for it: a figure of interest must not end a run.
+    """
+    try:
+        return _measure_peak(precision, device)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+
+
+def _measure_peak(precision: str, device: torch.device) -> float:
     size = _SIZES.get(device.type, _DEFAULT_SIZE)
     dtype = torch.bfloat16 if uses_bfloat16(precision, device) else torch.float32
     matrix = torch.linspace(-1.0, 1.0, size * size, device=device).view(size, size).to(dtype)
@@ -46,8 +56,8 @@ class StepCost:
     student: CvmTransformer
     teacher: CvmTransformer | None
     has_stored_states: bool
-    peak: float
-    """Operations per second."""
+    peak: float | None
+    """Operations per second, if that is known."""
 
     def count(self, batch: Batch) -> float:
         """Operations that a step on this batch needs."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from cvm_translator.losses import DistillationLoss
 from cvm_translator.losses.divergences import DIVERGENCES
 
 N, V = 7, 29
@@ -55,3 +56,27 @@ def test_jensen_shannon_is_bounded_where_the_others_are_not() -> None:
     assert DIVERGENCES["js"](student, teacher)[0].item() == pytest.approx(math.log(2))
     assert DIVERGENCES["forward_kl"](student, teacher)[0].item() == pytest.approx(80.0)
     assert DIVERGENCES["reverse_kl"](student, teacher)[0].item() == pytest.approx(80.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_the_loss_s_own_forward_kl_is_this_one(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, beta: float
+) -> None:
+    """The loss computes it from what its task term has anyway; asked for by another name it takes the general way."""
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (3.0 * torch.randn(N, V, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(V, (N,), generator=generator)
+    monkeypatch.setitem(DIVERGENCES, "general", DIVERGENCES["forward_kl"])  # type: ignore[misc]
+    results = []
+    for name in ("forward_kl", "general"):
+        gradient = student.clone()
+        loss = DistillationLoss(temperature, 0.7, beta, divergence=name)  # type: ignore[arg-type]
+        results.append((*loss.write_gradient(gradient, targets, teacher / temperature), gradient))
+    for own, general in zip(*results, strict=True):
+        torch.testing.assert_close(own, general)
+
+
+def test_an_unknown_divergence_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown divergence 'kl': known are forward_kl, reverse_kl, js"):
+        DistillationLoss(1.0, 1.0, 1.0, divergence="kl")  # type: ignore[arg-type]

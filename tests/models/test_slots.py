@@ -16,6 +16,7 @@ from cvm_translator.models.decoding import pad_sources, translate_ids
 from cvm_translator.models.initialization import init_random
 from cvm_translator.models.slots import SlotCache, merge_source
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.quantization import convert_with_plan, find_fake_plan
 
 B, H, D = 3, 2, 8
 VOCABULARY = 50
@@ -195,7 +196,24 @@ def test_training_in_bfloat16_reaches_every_weight() -> None:
         hidden, matrix = model(src, src_mask, torch.tensor(draw_ids(12, 12, 12, seed=1)))
         loss = (hidden @ matrix.T).float().logsumexp(-1).mean()
     loss.backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+@torch.no_grad()
+def test_slots_under_fake_quantisation_and_in_int8() -> None:
+    """The deployed model decodes with slots what the rounded one computes in parallel."""
+    model = build_model(3)
+    model.set_fake_quantization(True)
+    src, src_mask = pad_sources(draw_ids(20, 9), "cpu")
+    targets = torch.tensor(draw_ids(12, 12, seed=1))
+    hidden, matrix = model(src, src_mask, targets)
+    deployed = convert_with_plan(model, find_fake_plan(model))
+    assert deployed.config.core_capacity == 3
+    state = deployed.start(deployed.encode(src, src_mask), src_mask)
+    steps = torch.stack([deployed.step(targets[:, t], state) for t in range(targets.shape[1])], dim=1)
+    expected = hidden @ matrix.T
+    assert (steps - expected).abs().mean() < 0.05 * expected.std()
 
 
 def test_a_capacity_of_one_is_refused() -> None:

@@ -143,7 +143,7 @@ def _distil(events: EventsFile, total: int, rollback: bool, noise: random.Random
             events.write(
                 "progress", step=step, attempt=attempt, after=0.0, stage="distil", num_iterations=total,
                 steps_per_second=2.5, tokens_per_second=1530.0, eta_seconds=(total - step) / 2.5, memory_mib=913.0,
-                loss=2.5, distillation_loss=2.0, task_loss=4.5,
+                loss=2.5, distillation_loss=2.0, task_loss=4.5, utilisation=0.4,
             )  # fmt: skip
         if step % every:
             continue

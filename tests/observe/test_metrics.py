@@ -67,6 +67,7 @@ def test_all_that_a_run_tells(port: MetricsPort, make_run: Callable[..., Path]) 
     assert found["cvm_rollbacks_total", ()] == 1
     assert found["cvm_checkpoint_age_seconds", ()] > 0
     assert found["cvm_steps_per_second", stage] == 2.5
+    assert found["cvm_utilisation_ratio", stage] == 0.4
     assert found["cvm_alerts_total", (("alert", "rollback"), ("level", "WARNING"))] == 2
     assert found["cvm_process_cpu_ratio", ()] == 1.5 and found["cvm_process_memory_bytes", ()] == 2 * 2**20
     assert found["cvm_disk_free_bytes", ()] == 7_000_000

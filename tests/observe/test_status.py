@@ -114,6 +114,20 @@ def test_figures(make_run: Callable[..., Path]) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("told", "shown"), [("0.5", "50 % of peak"), ("<b>", None), (None, None), (0.25, "25 % of peak")]
+)
+def test_utilisation_is_shown_where_it_is_a_number(
+    make_run: Callable[..., Path], told: object, shown: str | None
+) -> None:
+    root = make_run(until="distil")
+    with RunLock(root / "run.lock"):
+        with EventWriter(root / "logs" / "events.jsonl") as events:
+            events.write("progress", step=1000, stage="distil", utilisation=told, steps_per_second=2.0)
+        text = format_status(read_status(root))
+    assert ("of peak" in text) == (shown is not None) and (shown or "") in text
+
+
 def test_a_restart_after_the_end_is_a_new_state(make_run: Callable[..., Path]) -> None:
     root = make_run(until="failed")
     with open(root / "logs" / "events.jsonl", "a") as stream:

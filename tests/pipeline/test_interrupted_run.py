@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cvm_translator.checkpoints import CheckpointStore, load_checkpoint
 from cvm_translator.runs.events import read_events
@@ -183,6 +184,17 @@ def test_resume_of_a_finished_run_finds_nothing_to_do(numbers: Any, whole_run: A
     assert (end.exit_code, end.errors) == (0, "")
     report = json.loads((folder / "reports/final_report.json").read_text())
     assert report == whole_run.read_json("reports/final_report.json")
+
+
+def test_a_run_of_a_version_that_lacked_a_setting_goes_on(numbers: Any, whole_run: Any, tmp_path: Path) -> None:
+    """Its config has no word of the setting, whose default is what that version did."""
+    folder = tmp_path / "old"
+    shutil.copytree(whole_run.folder, folder, symlinks=True)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["distillation"]["divergence"], config["student"]["model"]["core_capacity"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    end = numbers.run("resume", folder, "--foreground", "--no-progress")
+    assert (end.exit_code, end.errors) == (0, "")
 
 
 def test_a_signal_in_the_gate_leaves_at_once(

@@ -141,14 +141,19 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
     source = _find_source(request)
     libraries = {name: import_optional(name, request.format) for name in form.libraries}
     loaded = load_model(source)
-    is_unbounded = _lift_bound(request, source, loaded.model)
+    dropped_capacity = _lift_bound(request, source, loaded.model)
     number_format = _choose_number_format(request, form, source, loaded)
     corpus = _find_corpus(request, number_format)
     sentences = choose_sentences(source, request.sentences, loaded.config["source_language"], request.num_sentences)
+    if dropped_capacity is not None and sentences.references is None:
+        raise ModelError(
+            "--full-attention changes what the model writes, so its quality must be compared: name sentences with their"
+            " references, --sentences FILE.tsv"
+        )
     job = Job(
         _convert(loaded.model, number_format),
         loaded.tokenizer,
-        _describe(request.format, number_format, loaded),
+        _describe(request.format, number_format, loaded) | {"dropped_core_capacity": dropped_capacity},
         libraries,
         loaded.config["metadata"],
     )
@@ -165,7 +170,7 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
             job.facts["vocabulary_map"] = add_vocabulary_map(folder, load_map_pairs(corpus), report)
             report(f"map        {job.facts['vocabulary_map']['summary']} ({time.monotonic() - start:.0f} s)")
         native = source
-        if number_format != loaded.config["number_format"] or is_unbounded:
+        if number_format != loaded.config["number_format"] or dropped_capacity is not None:
             native = Path(scratch) / "native"
             _write_safetensors(native, job)
         verification = verify_export(
@@ -177,6 +182,7 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
             sentences,
             loaded.config["target_language"],
             request.max_drop,
+            is_unbounded=dropped_capacity is not None,
         )
         for line in verification.describe():
             report(line)
@@ -191,18 +197,24 @@ def _find_source(request: ExportRequest) -> Path:
     return find_model_folder(request.model if request.format == "safetensors" else find_float_folder(request.model))
 
 
-def _lift_bound(request: ExportRequest, source: Path, model: CvmTransformer) -> bool:
-    """Give a model with slots full attention if that was asked for; refuses to if it was not."""
+def _lift_bound(request: ExportRequest, source: Path, model: CvmTransformer) -> int | None:
+    """Give a model with slots full attention if that was asked for; refuses to if it was not, and where it is needless.
+
+    Returns the capacity that was dropped, if there was one.
+    """
     capacity = model.config.core_capacity
+    if request.full_attention and (capacity is None or request.format == "safetensors"):
+        reason = "its attention is full already" if capacity is None else "--format safetensors copies it as it is"
+        raise ModelError(f"--full-attention is for models with core_capacity; of {source} {reason}: leave it out")
     if capacity is None or request.format == "safetensors":
-        return False
+        return None
     if not request.full_attention:
         raise ModelError(
             f"{source} keeps at most {capacity} slots of attention (core_capacity), which --format {request.format} "
             "does not have: with --full-attention it is exported without that bound and its quality is compared"
         )
     model.use_full_attention()
-    return True
+    return capacity
 
 
 def _choose_number_format(request: ExportRequest, form: Format, source: Path, loaded: LoadedModel) -> str:

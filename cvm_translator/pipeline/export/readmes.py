@@ -104,8 +104,10 @@ def build_readme(format_name: str, facts: dict[str, Any]) -> str:
         source=source,
         target=target,
     )
+    capacity = facts.get("dropped_core_capacity")
+    dropped = f" Its attention was bounded to {capacity} slots and is not here." if capacity else ""
     return (
         f"# Translation model {source} to {target} for {_NAMES[format_name]}\n\n"
         f"{facts['num_parameters']:,} parameters in {facts['number_format']}, exported by CVM Translator "
-        f"{facts['cvm_translator_version']}. What its verification found is in `cvm_translator.json`.\n{use}"
+        f"{facts['cvm_translator_version']}.{dropped} What its verification found is in `cvm_translator.json`.\n{use}"
     )

@@ -81,9 +81,14 @@ def verify_export(
     sentences: Sentences,
     target_language: str,
     max_drop: float,
+    *,
+    is_unbounded: bool = False,
 ) -> Verification:
-    """Compare an export with the native model in the same number format, and its BLEU with that of `baseline` (the
-    float model, where there is one); raises ModelError if it is not the same model or loses too much."""
+    """Compare an export with the native model in the same number format, and its BLEU with that of `baseline`.
+
+    `baseline` is the float model, where there is one; `is_unbounded`: it has a bound that the other two have lost.
+    Raises ModelError if the export is not the same model or loses too much.
+    """
 
     def measure(folder: Path, name: str) -> dict[str, Any]:
         return measure_sentences(folder, sentences.sources, batch_size=BATCH_SIZE, runtime=name)
@@ -102,7 +107,7 @@ def verify_export(
     verification = Verification(
         sentences.origin,
         len(our_texts),
-        f"{number_format} model natively",
+        f"{number_format} model natively{', without its bound' if is_unbounded else ''}",
         num_same / len(our_texts),
         change,
         theirs["num_bytes"],

@@ -38,6 +38,8 @@ def test_with_full_attention_it_is_the_unbounded_model_and_is_scored(exports, bo
     export_model(request, lines.append)
     (before, after) = (part.split()[-1 if i == 0 else 0] for i, part in enumerate(_bleu_line(lines).split(" -> ")))
     assert float(before) < float(after)  # two slots are too few for this model
+    assert "bounded to 2 slots" in (tmp_path / "out" / "README.md").read_text()
+    assert any("without its bound" in line for line in lines)
     sources, _ = exports.read_rows()
     exported = load_runtime("ctranslate2", tmp_path / "out", RuntimeSettings(num_threads=1))
     unbounded, slots = exports.load_native("float32"), load_runtime("native", bounded, RuntimeSettings(num_threads=1))
@@ -47,13 +49,26 @@ def test_with_full_attention_it_is_the_unbounded_model_and_is_scored(exports, bo
 
 
 def test_an_export_that_loses_more_than_allowed_is_not_written(exports, bounded: Path, tmp_path: Path) -> None:
-    """Here the unbounded model is the better one, so the bound is turned round: any change at all is too much."""
+    """Here the unbounded model is the better one, so the limit is set to a gain that no model could have."""
     request = ExportRequest(
         bounded, "huggingface", tmp_path / "out", sentences=exports.sentences, full_attention=True, max_drop=-200.0
     )
     with pytest.raises(ModelError, match="more than --max-drop -200: allow it"):
         export_model(request)
     assert not any(tmp_path.iterdir())
+
+
+def test_without_references_its_quality_cannot_be_compared(bounded: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"quality must be compared: name sentences .* --sentences FILE\.tsv"):
+        export_model(ExportRequest(bounded, "huggingface", tmp_path / "out", full_attention=True))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_needless_full_attention_is_refused(exports, bounded: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="its attention is full already: leave it out"):
+        export_model(ExportRequest(exports.student, "huggingface", tmp_path / "out", full_attention=True))
+    with pytest.raises(ModelError, match="--format safetensors copies it as it is: leave it out"):
+        export_model(ExportRequest(bounded, "safetensors", tmp_path / "out", full_attention=True))
 
 
 def test_a_copy_in_our_own_format_keeps_the_bound(bounded: Path, tmp_path: Path) -> None:
