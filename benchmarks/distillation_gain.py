@@ -217,8 +217,8 @@ def main() -> int:
         common.RESULTS / "work" / NAME,
     )
     parser.add_argument("--seeds", default="13,14,15", metavar="A,B,…", help="the first one tunes the learning rate")
-    parser.add_argument("--learning-rates", default="2e-4,5e-4,1e-3", metavar="A,B,…", help="trials of each system")
-    parser.add_argument("--trial-iterations", type=int, metavar="N", help="length of a trial; default: that of an arm")
+    parser.add_argument("--learning-rates", default="1e-3,2e-3,4e-3", metavar="A,B,…", help="trials of each system")
+    parser.add_argument("--trial-iterations", type=int, default=2000, metavar="N", help="length of a trial")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="arms that run at once")
     parser.add_argument("--teacher", type=Path, metavar="DIR", help="model folder of a trained teacher to use")
     parser.add_argument("--dry-run", action="store_true", help="list the arms and what is done")
