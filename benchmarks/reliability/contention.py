@@ -70,7 +70,8 @@ def measure(setting: str, num_cores: int, seconds: float, *, with_neighbour: boo
     plain = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     command = [sys.executable, "-m", "benchmarks.reliability.contention", "--worker", str(seconds)]
     command += ["--cores", str(num_cores)]
-    neighbour = subprocess.Popen([sys.executable, "-c", BUSY]) if with_neighbour else None
+    # A session of its own, as another user's or service's process has: Linux shares the cores between sessions.
+    neighbour = subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True) if with_neighbour else None
     try:
         done = subprocess.run(
             command,
