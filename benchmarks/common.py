@@ -9,15 +9,18 @@ and the teacher's stored states.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -171,6 +174,35 @@ def build_parser(description: str, config: Path, work: Path) -> argparse.Argumen
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all arms")
     parser.add_argument("--threads-per-arm", type=int, default=1, metavar="T")
     return parser
+
+
+def ask_worker(name: str, command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The last line that `python -m COMMAND` prints in a process of its own; BenchmarkError says why it failed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise BenchmarkError(f"{name} failed: {lines[-1] if lines else f'exit code {done.returncode} without a word'}")
+    return done.stdout.splitlines()[-1]
+
+
+def measure_in_turns(
+    module: str, names: Sequence[str], problem: Mapping[str, Any], num_threads: int, num_rounds: int
+) -> dict[str, dict[str, float]]:
+    """Medians of what `--worker NAME` of a benchmark says of each system, a process each and round by round."""
+    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in problem.items() if value is not None]
+    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
+    rounds: list[dict[str, dict[str, float]]] = []
+    for number in range(num_rounds):
+        rounds.append(
+            {name: json.loads(ask_worker(name, [module, "--worker", name, *sizes], environment)) for name in names}
+        )
+        print(f"round {number + 1} of {num_rounds} is done", flush=True)
+    return {
+        name: {key: statistics.median(round_[name][key] for round_ in rounds) for key in rounds[0][name]}
+        for name in names
+    }
 
 
 def run_main(main: Callable[[], int]) -> None:

@@ -7,7 +7,6 @@ wrote, under one resampling matrix with a fixed seed.
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -166,12 +165,6 @@ def describe_config(data: Mapping[str, Any]) -> str:
     """The config of a benchmark's results, with what was set over it."""
     settings = [setting for setting in data["settings"] if not setting.startswith("teacher.cache_dir=")]
     return str(data["config"]) + (f" with {', '.join(settings)}" if settings else "")
-
-
-def last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """Why a process failed: its last line on standard error, or how it ended."""
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode} without a word"
 
 
 def describe_checks(failures: Mapping[str, Sequence[str]]) -> list[str]:

@@ -18,9 +18,6 @@ import argparse
 import ctypes
 import json
 import os
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -212,18 +209,6 @@ def _read_memory(field: str) -> float:
 # -------------------------------------------------------------------------------------------------------------- program
 
 
-def measure(name: str, problem: Problem, num_threads: int) -> dict[str, float]:
-    """One pass in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.loss", "--worker", name]
-    command += [f"--{key.replace('_', '-')}={value}" for key, value in asdict(problem).items()]
-    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=common.REPOSITORY, check=False)
-    if done.returncode:
-        raise BenchmarkError(f"{name} failed: {evidence.last_words(done)}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 def check(systems: dict[str, dict[str, float]]) -> dict[str, list[str]]:
     """What is claimed, with what speaks against it."""
     ours = systems[OURS]
@@ -289,14 +274,7 @@ def main() -> int:
     names = [OURS, NAIVE]
     for chunk in filter(None, options.liger_chunks.split(",")):
         names += [f"liger {chunk}", f"liger {chunk} compiled"]
-    rounds: list[dict[str, dict[str, float]]] = []
-    for number in range(options.rounds):
-        rounds.append({name: measure(name, problem, options.threads) for name in names})
-        print(f"round {number + 1} of {options.rounds} is done", flush=True)
-    systems = {
-        name: {key: statistics.median(round_[name][key] for round_ in rounds) for key in rounds[0][name]}
-        for name in names
-    }
+    systems = common.measure_in_turns("benchmarks.loss", names, asdict(problem), options.threads, options.rounds)
     data = {
         "problem": asdict(problem),
         "threads": options.threads,

@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -283,18 +280,6 @@ SYSTEMS: dict[str, Callable[[Parts, Path], dict[str, float]]] = {
 # -------------------------------------------------------------------------------------------------------------- program
 
 
-def measure(name: str, problem: Problem, num_threads: int) -> dict[str, float]:
-    """One system in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.training", "--worker", name]
-    command += [f"--{key.replace('_', '-')}={value}" for key, value in asdict(problem).items() if value is not None]
-    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=common.REPOSITORY, check=False)
-    if done.returncode:
-        raise BenchmarkError(f"{name} failed: {evidence.last_words(done)}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 def run_worker(name: str, problem: Problem) -> dict[str, float]:
     parts = Parts.build(problem)
     with tempfile.TemporaryDirectory() as folder:
@@ -368,14 +353,7 @@ def main() -> int:
         print(json.dumps(run_worker(options.worker, problem)))
         return 0
     names = [name for name in SYSTEMS if options.teacher or name != OURS_STORED]
-    rounds = []
-    for number in range(options.rounds):
-        rounds.append({name: measure(name, problem, options.threads) for name in names})
-        print(f"round {number + 1} of {options.rounds} is done", flush=True)
-    systems = {
-        name: {key: statistics.median(round_[name][key] for round_ in rounds) for key in rounds[0][name]}
-        for name in names
-    }
+    systems = common.measure_in_turns("benchmarks.training", names, asdict(problem), options.threads, options.rounds)
     data = {
         "problem": asdict(problem),
         "num_parameters": CvmTransformer(

@@ -18,7 +18,6 @@ import time
 from typing import Any
 
 from benchmarks import common, evidence
-from benchmarks.common import BenchmarkError
 from cvm_translator.cli.threads import SPIN_COUNT
 
 NAME = "contention"
@@ -68,26 +67,15 @@ def run_worker(num_cores: int, seconds: float) -> float:
 def measure(setting: str, num_cores: int, seconds: float, *, with_neighbour: bool) -> float:
     """Steps per second in a process of its own."""
     plain = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    command = [sys.executable, "-m", "benchmarks.reliability.contention", "--worker", str(seconds)]
-    command += ["--cores", str(num_cores)]
+    command = ["benchmarks.reliability.contention", "--worker", str(seconds), "--cores", str(num_cores)]
     # A session of its own, as another user's or service's process has: Linux shares the cores between sessions.
     neighbour = subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True) if with_neighbour else None
     try:
-        done = subprocess.run(
-            command,
-            env=plain | SETTINGS[setting],
-            capture_output=True,
-            text=True,
-            cwd=common.REPOSITORY,
-            check=False,
-        )
+        return float(common.ask_worker("a training process", command, plain | SETTINGS[setting]))
     finally:
         if neighbour is not None:
             neighbour.kill()
             neighbour.wait()
-    if done.returncode:
-        raise BenchmarkError(f"a training process failed: {evidence.last_words(done)}")
-    return float(done.stdout)
 
 
 def format_results(data: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import os
 from collections.abc import MutableMapping
 
 SPIN_COUNT = 4000
-"""Turns of the waiting loop, some ten microseconds; libgomp's own default is 300,000."""
+"""Turns of the waiting loop; libgomp's own default is 300,000."""
 _CHOSEN_BY_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 

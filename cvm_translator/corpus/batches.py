@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BATCHES_PER_POOL = 1000
-"""The more, the less padding: at 50 a sixth of the positions of interface text is padding, at 1,000 a thirtieth."""
+"""The more, the less padding: of the default corpus in batches of 32, 8 % at 200 and 4 % at 1,000."""
 BATCHES_PER_STRIP = 4
 """Least size of a strip of sentences of nearly the same target length, within which source lengths rise or fall."""
 ORDER_VERSION = 2

@@ -230,7 +230,7 @@ class DistillationLoss:
         return divergence * self.temperature**2, gradient.mul_(self.alpha * self.temperature)
 
     def _forward_kl(self, student: Tensor, probs: Tensor, log_sum: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """`divergences.forward_kl` with what the task term has computed already: a third of its passes less.
+        """`divergences.forward_kl` with what the task term has computed already.
 
         KL = Σ p_teacher (z_teacher − z_student) − log Σ exp z_teacher + log Σ exp z_student, z the tempered logits.
         """
