@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PROGRAM = (sys.executable, "-m", "cvm_translator")
 
-SHARED_FOLDERS = ("corpus", "tokenizer", "teacher/states")
+SHARED_FOLDERS = ("corpus", "tokenizer", "tokenizer/train_tokens", "teacher/states")
 _FREE_SETTINGS = ("output_dir", "tensorboard")
 _POLL_SECONDS = 1.0
 
@@ -152,7 +152,8 @@ def share_folders(source: Path, target: Path) -> None:
     for name in SHARED_FOLDERS:
         (target / name).mkdir(parents=True, exist_ok=True)
         for path in sorted((source / name).iterdir()) if (source / name).is_dir() else []:
-            if not path.name.startswith(atomic.TEMPORARY_PREFIX) and not (target / name / path.name).exists():
+            is_finished = path.is_file() and not path.name.startswith(atomic.TEMPORARY_PREFIX)
+            if is_finished and not (target / name / path.name).exists():
                 os.link(path, target / name / path.name)
 
 

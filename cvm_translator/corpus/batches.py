@@ -30,7 +30,7 @@ class BatchSchedule:
 
     def __init__(
         self,
-        lengths: NDArray[np.int64],
+        lengths: NDArray[np.integer[Any]],
         batch_size: int,
         seed: int,
         stream: int = 0,
@@ -40,7 +40,7 @@ class BatchSchedule:
         """`lengths`: (N, 2) tokens of source and target, without marks; `batch_tokens` takes the place of the size."""
         if len(lengths) == 0 or batch_size < 1 or (batch_tokens is not None and batch_tokens < 1):
             raise ValueError(f"no batches of {batch_size} from {len(lengths)} sentences")
-        self._lengths = np.asarray(lengths, dtype=np.int64) + 1  # the end mark
+        self._lengths = np.asarray(lengths, dtype=np.int32) + 1  # the end mark
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._seed = seed
         self._stream = stream

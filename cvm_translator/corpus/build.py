@@ -8,14 +8,15 @@ Refuses (CorpusError): an input that changed since the manifest was written, too
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from cvm_translator.config.schema import CorpusConfig, GettextSource, Source
-from cvm_translator.corpus.cleaning import FILTERS, Cleaner
+from cvm_translator.corpus.cleaning import FILTERS, Rules
 from cvm_translator.corpus.manifest import (
     Manifest,
     describe_source,
@@ -24,12 +25,13 @@ from cvm_translator.corpus.manifest import (
     write_manifest,
 )
 from cvm_translator.corpus.packages import fetch_packages, find_cache_dir
+from cvm_translator.corpus.pool import Numbered, Pool, fill_pool
 from cvm_translator.corpus.readers import ReaderContext, read_source
-from cvm_translator.corpus.records import BadRow, Pair, Skipped
-from cvm_translator.corpus.splits import check_disjoint, choose_sample, compute_keys, find_shared, hold_out, take
+from cvm_translator.corpus.split_file import SplitFile
+from cvm_translator.corpus.splits import check_disjoint, choose_sample, find_shared, hold_out
 from cvm_translator.corpus.tally import Tally, check_role
 from cvm_translator.errors import CorpusError
-from cvm_translator.runs.atomic import sha256_file, write_json, write_stream
+from cvm_translator.runs.atomic import TEMPORARY_PREFIX, sha256_file, write_json, write_stream
 
 Report = Callable[[str], None]
 ROLES: tuple[str, ...] = ("train", "validation", "test", "unseen")
@@ -69,12 +71,12 @@ def build_corpus(
 
     context = _make_context(config, base_dir, report)
     _fetch_all_packages(config, context)
-    pools, tallies, quarantine = _read_pools(config, directory, context)
-    splits, split_drops = _split(config, pools, seed)
-    check_disjoint(splits)
-
-    for name in ROLES:
-        _write_pairs(directory / f"{name}.tsv", splits[name])
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=directory) as spool:
+        pools, tallies, quarantine = _read_pools(config, directory, context, Path(spool), seed)
+        splits, split_drops = _split(config, pools)
+        check_disjoint({name: pool.own_keys for name, pool in splits.items()})
+        for name in ROLES:
+            write_stream(directory / f"{name}.tsv", splits[name].write)
     total = Counter[str]()
     for tally in tallies:
         total.update(tally.dropped)
@@ -95,7 +97,7 @@ def build_corpus(
     return _summarise(directory, manifest, reused=False)
 
 
-def load_split(directory: Path, name: str) -> list[Pair]:
+def load_split(directory: Path, name: str) -> SplitFile:
     """The pairs of a split, after comparing its hash with the manifest."""
     manifest = read_manifest(directory)
     if manifest is None:
@@ -105,8 +107,7 @@ def load_split(directory: Path, name: str) -> list[Pair]:
         raise CorpusError(f"{directory} has no split {name!r}: known are {', '.join(ROLES)}")
     if manifest.find_damaged(directory, [path.name]):
         raise CorpusError(f"{path} differs from its hash in manifest.json: it was changed or damaged; build it again")
-    with open(path, encoding="utf-8", newline="\n") as stream:
-        return [Pair(*line.rstrip("\n").split("\t")) for line in stream]
+    return SplitFile(path, manifest.sizes[name], manifest.outputs[path.name])
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -138,72 +139,54 @@ def _one_by_one(source: Source) -> Iterator[Source]:
 
 
 def _read_pools(
-    config: CorpusConfig, directory: Path, context: ReaderContext
-) -> tuple[dict[str, list[Pair]], list[Tally], Counter[str]]:
+    config: CorpusConfig, directory: Path, context: ReaderContext, spool: Path, seed: int
+) -> tuple[dict[str, Pool], list[Tally], Counter[str]]:
     """Clean pairs of each role; malformed rows stream into quarantine.tsv."""
-    pools: dict[str, list[Pair]] = {role: [] for role in ROLES}
+    pools: dict[str, Pool] = {}
     tallies: list[Tally] = []
+    rules = Rules(config.cleaning, config.source_language, config.target_language)
 
-    def fill(stream: Any) -> None:
+    def fill(stream: BinaryIO) -> None:
         stream.write(b"origin\treason\ttext\n")
         for role in ROLES:
-            cleaner = Cleaner(config.cleaning, config.source_language, config.target_language)
-            for source in getattr(config, role):
-                for part in _one_by_one(source):
-                    tally = Tally(role, describe_source(part))
-                    tallies.append(tally)
-                    pools[role] += _read_one(part, cleaner, tally, stream, context)
+            parts = [part for source in getattr(config, role) for part in _one_by_one(source)]
+            own = {len(tallies) + number: Tally(role, describe_source(part)) for number, part in enumerate(parts)}
+            tallies.extend(own.values())
+            records = _read_all(dict(zip(own, parts, strict=True)), context)
+            pools[role] = fill_pool(records, own, stream, spool / role, rules, seed)
 
     write_stream(directory / "quarantine.tsv", fill)
     quarantine = Counter[str]()
     for tally in tallies:
         quarantine.update(tally.quarantined)
     for role in ROLES:
-        own = [tally for tally in tallies if tally.role == role]
-        check_role(role, config.cleaning, own, directory)
+        check_role(role, config.cleaning, [tally for tally in tallies if tally.role == role], directory)
     return pools, tallies, quarantine
 
 
-def _read_one(
-    source: Source, cleaner: Cleaner, tally: Tally, quarantine: Any, context: ReaderContext
-) -> Iterator[Pair]:
-    before = cleaner.counts.copy()
-    for record in read_source(source, context):
-        tally.num_read += 1
-        if isinstance(record, BadRow):
-            tally.quarantined[record.reason] += 1
-            row = f"{record.origin}\t{record.reason}\t{record.excerpt}\n"
-            quarantine.write(row.encode("utf-8", "replace"))
-        elif isinstance(record, Skipped):
-            tally.dropped[record.reason] += 1
-        elif (pair := cleaner.clean(record)) is not None:
-            tally.num_kept += 1
-            yield pair
-    tally.dropped.update(cleaner.counts - before)
+def _read_all(sources: dict[int, Source], context: ReaderContext) -> Iterator[Numbered]:
+    for number, source in sources.items():
+        for record in read_source(source, context):
+            yield Numbered(number, record)
 
 
 # ----------------------------------------------------------------------------------------------------------- splitting
 
 
-def _split(
-    config: CorpusConfig, pools: dict[str, list[Pair]], seed: int
-) -> tuple[dict[str, list[Pair]], dict[str, int]]:
+def _split(config: CorpusConfig, pools: dict[str, Pool]) -> tuple[dict[str, Pool], dict[str, int]]:
     """The final splits, and how many pairs were dropped to keep them apart.
 
     Test goes before validation, validation before train. Unseen comes last: a pair of it that resembles any other
     split is dropped from it, so that training loses nothing and the domain is truly unseen.
     """
     drops: dict[str, int] = {}
-    keys = {role: compute_keys(pools[role]) for role in ROLES}
+    splits = dict(pools)
 
     def drop_shared(role: str, other: str, reason: str) -> None:
-        if not pools[role] or not pools[other]:
-            return
-        shared = find_shared(keys[role], keys[other])
+        shared = find_shared(splits[role].own_keys, splits[other].own_keys)
         if shared.any():
             drops[reason] = int(shared.sum())
-            pools[role] = take(pools[role], (~shared).nonzero()[0].tolist())
-            keys[role] = keys[role][~shared]
+            splits[role] = splits[role].keep(~shared)
 
     drop_shared("validation", "test", "validation_shared_with_test")
     drop_shared("train", "test", "leaks_into_test")
@@ -213,14 +196,15 @@ def _split(
     for role in ("test", "validation", "train"):
         drop_shared("unseen", role, f"unseen_shared_with_{role}")
 
-    held_out, rest, left_over = hold_out(pools["train"], keys["train"], sizes, seed)
-    if left_over:
-        drops["left_over_of_held_out_groups"] = len(left_over)
-    splits = {role: take(pools["train"], held_out[role]) if role in held_out else pools[role] for role in ROLES}
-    splits["train"] = take(pools["train"], rest)
-    splits["unseen"] = choose_sample(pools["unseen"], config.unseen_size, seed)
+    train = splits["train"]
+    held_out = hold_out(train.own_keys, train.own_draws, sizes)
+    if held_out.num_left_over:
+        drops["left_over_of_held_out_groups"] = held_out.num_left_over
+    splits |= {name: train.keep(places) for name, places in held_out.sets.items()}
+    splits["train"] = train.keep(held_out.rest)
+    splits["unseen"] = splits["unseen"].keep(choose_sample(splits["unseen"].own_draws, config.unseen_size))
     for role in ROLES:
-        if not splits[role] and (getattr(config, role) or role in sizes):
+        if not len(splits[role]) and (getattr(config, role) or role in sizes):
             raise CorpusError(
                 f"corpus.{role}: nothing is left once the pairs shared with other splits are dropped ({drops}): "
                 "name other text for it"
@@ -229,15 +213,6 @@ def _split(
 
 
 # ------------------------------------------------------------------------------------------------------------- output
-
-
-def _write_pairs(path: Path, pairs: list[Pair]) -> None:
-    def fill(stream: Any) -> None:
-        for pair in pairs:
-            origin = " ".join(pair.origin.split())
-            stream.write(f"{pair.source}\t{pair.target}\t{origin}\n".encode())
-
-    write_stream(path, fill)
 
 
 def _describe_sizes(sizes: dict[str, int]) -> str:

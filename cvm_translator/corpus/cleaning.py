@@ -1,20 +1,22 @@
-"""The filters: what is dropped from a stream of pairs, and why, counted in order.
+"""The filters: what is dropped from the text, and why.
 
-Guarantees: filters run in the order of `FILTERS`; each dropped pair is counted under exactly one. Time is linear in the
-text, memory is 16 bytes or so per pair kept (hashes of what has been seen).
+Guarantees: filters run in the order of `FILTERS`; each dropped pair is counted under exactly one. What a pair alone
+decides is found by `judge_pair`, in any process; what its forerunners decide, by `find_duplicates` at the end.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from cvm_translator.config.schema import CleaningConfig
 from cvm_translator.corpus.records import Pair
-from cvm_translator.corpus.text import count_letters, hash_key, make_key, normalise_text
+from cvm_translator.corpus.text import count_letters, normalise_text
 from cvm_translator.metrics.placeholders import PLACEHOLDER, find_placeholders
 
 # In the order in which they run; the first five are entries that catalogues mark or that are no plain text.
@@ -45,65 +47,61 @@ good sides are dropped, and 99.5 % of the sides in the other language."""
 COMMON_LANGUAGES = ("de", "en", "fr", "es", "it", "nl", "pt", "pl", "cs", "sv", "da", "ru", "uk", "ja", "zh", "tr")
 
 
-class Cleaner:
-    """Cleans the pairs of one pool (train, validation, test or unseen), counting drops."""
+@dataclass(frozen=True)
+class Rules:
+    """What decides about a pair by itself."""
 
-    def __init__(self, config: CleaningConfig, source_language: str, target_language: str) -> None:
-        self.config = config
-        self.counts: Counter[str] = Counter()
-        self._is_wrong_language = (
-            build_language_check(source_language, target_language) if config.language_check else lambda *_: False
-        )
-        self._seen_exactly: set[int] = set()
-        self._seen_nearly: set[int] = set()
-
-    def clean(self, pair: Pair) -> Pair | None:
-        """The pair, normalised, or None when a filter drops it."""
-        source, target = normalise_text(pair.source), normalise_text(pair.target)
-        reason = self._find_reason(source, target)
-        if reason:
-            self.counts[reason] += 1
-            return None
-        return Pair(source, target, pair.origin)
-
-    def _find_reason(self, source: str, target: str) -> str | None:
-        return self._find_form_reason(source, target) or self._find_content_reason(source, target)
-
-    def _find_form_reason(self, source: str, target: str) -> str | None:
-        config = self.config
-        if not source or not target:
-            return "empty_after_normalisation"
-        shortest, longest = sorted((len(source), len(target)))
-        if shortest < config.min_characters:
-            return "too_short"
-        if longest > config.max_characters or max(len(source.split()), len(target.split())) > config.max_words:
-            return "too_long"
-        if longest >= RATIO_SLACK_CHARACTERS and longest > config.max_length_ratio * shortest:
-            return "length_ratio"
-        return None
-
-    def _find_content_reason(self, source: str, target: str) -> str | None:
-        if not count_letters(source) or not count_letters(target):
-            return "no_letters"
-        if self.config.drop_identical and source.casefold() == target.casefold():
-            return "identical"
-        if sorted(find_placeholders(source)) != sorted(find_placeholders(target)):
-            return "placeholders_differ"
-        if self._is_wrong_language(source, target):
-            return "wrong_language"
-        if _was_seen(self._seen_exactly, f"{source}\t{target}"):
-            return "exact_duplicate"
-        if _was_seen(self._seen_nearly, f"{make_key(source)}\t{make_key(target)}"):
-            return "near_duplicate"
-        return None
+    config: CleaningConfig
+    source_language: str
+    target_language: str
 
 
-def _was_seen(seen: set[int], key: str) -> bool:
-    hashed = hash_key(key)
-    if hashed in seen:
-        return True
-    seen.add(hashed)
-    return False
+def judge_pair(pair: Pair, rules: Rules) -> Pair | str:
+    """The pair, normalised, or the name of the filter that drops it."""
+    source, target = normalise_text(pair.source), normalise_text(pair.target)
+    reason = _find_form_reason(source, target, rules.config) or _find_content_reason(source, target, rules)
+    return reason or Pair(source, target, pair.origin)
+
+
+def _find_form_reason(source: str, target: str, config: CleaningConfig) -> str | None:
+    if not source or not target:
+        return "empty_after_normalisation"
+    shortest, longest = sorted((len(source), len(target)))
+    if shortest < config.min_characters:
+        return "too_short"
+    if longest > config.max_characters or max(len(source.split()), len(target.split())) > config.max_words:
+        return "too_long"
+    if longest >= RATIO_SLACK_CHARACTERS and longest > config.max_length_ratio * shortest:
+        return "length_ratio"
+    return None
+
+
+def _find_content_reason(source: str, target: str, rules: Rules) -> str | None:
+    if not count_letters(source) or not count_letters(target):
+        return "no_letters"
+    if rules.config.drop_identical and source.casefold() == target.casefold():
+        return "identical"
+    if sorted(find_placeholders(source)) != sorted(find_placeholders(target)):
+        return "placeholders_differ"
+    if rules.config.language_check:
+        is_wrong = build_language_check(rules.source_language, rules.target_language)
+        return "wrong_language" if is_wrong(source, target) else None
+    return None
+
+
+def find_duplicates(exact: NDArray[np.uint64], nearly: NDArray[np.uint64]) -> dict[str, NDArray[np.int64]]:
+    """Places of the pairs that the last two filters drop; the first of equal ones stays.
+
+    `exact`, `nearly`: (N,) hashes of the texts and of their near-duplicate keys, in the order of the pairs.
+    """
+    first = np.unique(exact, return_index=True)[1]
+    first.sort()
+    first_of_near = first[np.unique(nearly[first], return_index=True)[1]]
+    everything = np.arange(len(exact))
+    return {
+        "exact_duplicate": np.setdiff1d(everything, first, assume_unique=True),
+        "near_duplicate": np.setdiff1d(first, first_of_near, assume_unique=True),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- language

@@ -1,6 +1,7 @@
 """Pairs as flat token arrays, and batches of them as padded tensors.
 
-Memory: 4 bytes per token and 8 per sentence and side, whatever the number of sentences.
+Memory: 32 bytes a pair; the token ids of a training set stay in their memory-mapped files, those of a small one take 4
+bytes each.
 Layout of a batch (ids: bos 0, pad 1, eos 2): the source ends with eos; the decoder's input starts with eos and its
 expected output ends with eos, so both have one position more than the target has tokens.
 """
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +21,7 @@ from numpy.typing import NDArray
 
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import EOS_ID, PAD_ID, Tokenizer
-
-ENCODE_CHUNK = 10_000
+from cvm_translator.corpus.tokens import Side, TokenFiles
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Batch:
     def split(self, num_parts: int) -> list[Batch]:
         """Micro-batches of nearly equal sentence counts, in order, without needless padding."""
         bounds = np.linspace(0, len(self), min(num_parts, len(self)) + 1).round().astype(int).tolist()
-        return [self._cut(begin, end) for begin, end in pairwise(bounds)]
+        return [self._cut(begin, end) for begin, end in itertools.pairwise(bounds)]
 
     def _cut(self, begin: int, end: int) -> Batch:
         real = self.tgt_out[begin:end] != PAD_ID
@@ -73,19 +74,6 @@ class Batch:
         )
 
 
-@dataclass(frozen=True)
-class _Side:
-    tokens: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-
-    def __getitem__(self, index: int) -> NDArray[np.int32]:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return np.diff(self.offsets)
-
-
 class DistillationDataset:
     """Tokenised sentence pairs."""
 
@@ -95,46 +83,53 @@ class DistillationDataset:
         """Build from ids without marks; pairs with a side over `max_length` tokens, eos included, are dropped."""
         if len(sources) != len(targets):
             raise ValueError(f"{len(sources)} sources but {len(targets)} targets")
-        limit = max_length - 1 if max_length is not None else 1 << 30
-        fits = [
-            index for index, (s, t) in enumerate(zip(sources, targets, strict=True)) if max(len(s), len(t)) <= limit
-        ]
-        self.kept: NDArray[np.int64] = np.array(fits, dtype=np.int64)
-        """Indices of the kept pairs in the input."""
-        self.num_dropped = len(sources) - len(fits)
-        self._source = _flatten([sources[index] for index in fits])
-        self._target = _flatten([targets[index] for index in fits])
-        self.lengths: NDArray[np.int64] = np.stack([self._source.lengths, self._target.lengths], axis=1)
-        """(N, 2) tokens of source and target, without marks."""
+        self._set(flatten(sources), flatten(targets), max_length, sha256=None)
 
     @classmethod
     def from_pairs(
         cls, pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int | None = None
     ) -> DistillationDataset:
         """Tokenise pairs; over-long ones are dropped and counted."""
-        sources: list[NDArray[np.int32]] = []
-        targets: list[NDArray[np.int32]] = []
-        for begin in range(0, len(pairs), ENCODE_CHUNK):
-            chunk = pairs[begin : begin + ENCODE_CHUNK]
-            sources += (np.array(ids, dtype=np.int32) for ids in tokenizer.encode([pair.source for pair in chunk]))
-            targets += (np.array(ids, dtype=np.int32) for ids in tokenizer.encode([pair.target for pair in chunk]))
-        return cls(sources, targets, max_length)  # type: ignore[arg-type]
+        sources = tokenizer.encode([pair.source for pair in pairs])
+        return cls(sources, tokenizer.encode([pair.target for pair in pairs]), max_length)
+
+    @classmethod
+    def from_files(cls, files: TokenFiles, max_length: int | None = None) -> DistillationDataset:
+        """The pairs of token files, of which nothing but lengths and places is held in memory."""
+        dataset = cls.__new__(cls)
+        dataset._set(files.source, files.target, max_length, sha256=files.sha256)
+        return dataset
+
+    def _set(self, source: Side, target: Side, max_length: int | None, sha256: str | None) -> None:
+        self._source, self._target = source, target
+        lengths = np.stack([source.lengths, target.lengths], axis=1).astype(np.int32)
+        fits = lengths.max(axis=1) < (max_length if max_length is not None else 1 << 30)
+        self.kept: NDArray[np.int64] = np.flatnonzero(fits)
+        """(N,) places of the kept pairs in the input."""
+        self.num_dropped = len(lengths) - len(self.kept)
+        self.lengths: NDArray[np.int32] = lengths[fits]
+        """(N, 2) tokens of source and target, without marks."""
+        self._files_sha256 = sha256
 
     def __len__(self) -> int:
-        return len(self._source.offsets) - 1
+        return len(self.kept)
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of every token id and where each pair begins."""
-        digest = hashlib.sha256()
+        """Hash of every token id, where each pair begins, and which pairs are kept."""
+        digest = hashlib.sha256(self.kept.tobytes())
+        if self._files_sha256 is not None:
+            digest.update(self._files_sha256.encode())
+            return digest.hexdigest()
         for side in (self._source, self._target):
             digest.update(side.offsets.tobytes())
             digest.update(side.tokens.tobytes())
         return digest.hexdigest()
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]:
         """Source and target ids of one pair, without marks."""
-        return self._source[index], self._target[index]
+        place = int(self.kept[index])
+        return self._source[place], self._target[place]
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The pairs at `indices`, in that order, padded to the longest."""
@@ -145,7 +140,7 @@ class DistillationDataset:
         tgt_out = np.full((num_rows, target_end), PAD_ID, dtype=np.int64)
         tgt_in[:, 0] = EOS_ID
         for row, index in enumerate(indices):
-            source, target = self._source[int(index)], self._target[int(index)]
+            source, target = self[int(index)]
             src[row, : len(source)] = source
             src[row, len(source)] = EOS_ID
             tgt_in[row, 1 : len(target) + 1] = target
@@ -163,10 +158,8 @@ class DistillationDataset:
         )
 
 
-def _flatten(rows: Sequence[Sequence[int]]) -> _Side:
+def flatten(rows: Sequence[Sequence[int]]) -> Side:
+    """Rows of ids as one side."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    tokens = np.empty(int(offsets[-1]), dtype=np.int32)
-    for index, row in enumerate(rows):
-        tokens[offsets[index] : offsets[index + 1]] = row
-    return _Side(tokens, offsets)
+    return Side(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32), offsets)

@@ -9,7 +9,9 @@ near-linear. Refuses (CorpusError): a corpus too small for the sizes asked for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from cvm_translator.errors import CorpusError
 Keys = NDArray[np.uint64]
 
 
-def compute_keys(pairs: list[Pair]) -> Keys:
+def compute_keys(pairs: Sequence[Pair]) -> Keys:
     """Hashes of the near-duplicate keys of both sides, (N, 2)."""
     keys = np.empty((len(pairs), 2), dtype=np.uint64)
     for index, pair in enumerate(pairs):
@@ -37,61 +39,72 @@ def find_shared(keys: Keys, others: Keys) -> NDArray[np.bool_]:
 
 def compute_groups(keys: Keys) -> NDArray[np.int64]:
     """The group of each pair as the index of its first member: (N,)."""
-    parents = list(range(len(keys)))
+    parents = np.arange(len(keys), dtype=np.int64)
 
     def find(node: int) -> int:
         while parents[node] != node:
             parents[node] = parents[parents[node]]
-            node = parents[node]
+            node = int(parents[node])
         return node
 
+    shared: list[NDArray[np.int64]] = []
     for side in (0, 1):
-        first: dict[int, int] = {}
-        for index, key in enumerate(keys[:, side].tolist()):
-            other = first.setdefault(key, index)
-            if other != index:
-                a, b = find(index), find(other)
-                if a != b:
-                    parents[max(a, b)] = min(a, b)
-    return np.array([find(index) for index in range(len(parents))], dtype=np.int64)
+        order = np.argsort(keys[:, side], kind="stable")
+        is_same = keys[order[1:], side] == keys[order[:-1], side]
+        shared += [order[:-1][is_same], order[1:][is_same]]
+        for first, second in zip(shared[-2].tolist(), shared[-1].tolist(), strict=True):
+            a, b = find(first), find(second)
+            parents[max(a, b)] = min(a, b)
+    for node in np.unique(np.concatenate(shared)).tolist():  # the others are groups of their own
+        parents[node] = find(node)
+    return parents
 
 
-def _draw(seed: int, pair: Pair) -> int:
+def draw(seed: int, pair: Pair) -> int:
     """A number that orders pairs at random, whatever order they came in."""
     text = f"{seed}\t{pair.source}\t{pair.target}"
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
-def hold_out(
-    pairs: list[Pair], keys: Keys, sizes: dict[str, int], seed: int
-) -> tuple[dict[str, list[int]], list[int], list[int]]:
-    """Draw held-out sets from `pairs`.
+@dataclass(frozen=True)
+class HeldOut:
+    """Places of pairs, rising."""
 
-    Returns the indices of each set (exact sizes), of what stays for training, and of what is left over: the further
-    members of a group of which a part was held out.
-    """
+    sets: dict[str, NDArray[np.int64]]
+    rest: NDArray[np.int64]
+    """What stays for training."""
+    num_left_over: int
+    """Further members of groups of which a part was held out."""
+
+
+def hold_out(keys: Keys, draws: NDArray[np.uint64], sizes: dict[str, int]) -> HeldOut:
+    """Draw held-out sets of exact sizes from pairs with these keys (N, 2) and draws (N,)."""
     if not sizes:
-        return {}, list(range(len(pairs))), []
-    members: dict[int, list[int]] = {}
-    for index, group in enumerate(compute_groups(keys).tolist()):
-        members.setdefault(group, []).append(index)
-    draws = [_draw(seed, pair) for pair in pairs]
-    groups = sorted(members.values(), key=lambda group: (len(group), min(draws[index] for index in group)))
-
-    chosen: dict[str, list[int]] = {name: [] for name in sizes}
-    left_over: list[int] = []
+        return HeldOut({}, np.arange(len(keys)), 0)
+    group_of_pair, group_sizes = np.unique(compute_groups(keys), return_inverse=True, return_counts=True)[1:]
+    members = np.lexsort((draws, group_of_pair))  # group after group, each in the order of the draws
+    begins = np.concatenate([[0], np.cumsum(group_sizes)])
+    # small groups first, by chance among equals; the largest one stays for training
+    order = np.lexsort((draws[members[begins[:-1]]], group_sizes)) if len(group_sizes) else np.empty(0, dtype=np.int64)
     num_taken = 0
+    num_left_over = 0
+    sets: dict[str, NDArray[np.int64]] = {}
     for name, size in sizes.items():
-        while len(chosen[name]) < size:
-            if num_taken >= len(groups) - 1:  # the last, largest group stays for training
-                raise _too_small(sizes, len(pairs), sum(map(len, groups[:-1])))
-            group = sorted(groups[num_taken], key=lambda index: draws[index])
-            room = size - len(chosen[name])
-            chosen[name] += group[:room]
-            left_over += group[room:]
+        chosen: list[NDArray[np.int64]] = []
+        room = size
+        while room:
+            if num_taken >= len(order) - 1:
+                raise _too_small(sizes, len(keys), int(group_sizes[order[:-1]].sum()))
+            group = members[begins[order[num_taken]] : begins[order[num_taken] + 1]]
+            chosen.append(group[:room])
+            num_left_over += len(group[room:])
+            room -= len(chosen[-1])
             num_taken += 1
-    rest = sorted(index for group in groups[num_taken:] for index in group)
-    return {name: sorted(indices) for name, indices in chosen.items()}, rest, sorted(left_over)
+        sets[name] = np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
+    is_rest = np.ones(len(keys), dtype=bool)
+    for number in order[:num_taken].tolist():
+        is_rest[members[begins[number] : begins[number + 1]]] = False
+    return HeldOut(sets, np.flatnonzero(is_rest), num_left_over)
 
 
 def _too_small(sizes: dict[str, int], num_pairs: int, num_usable: int) -> CorpusError:
@@ -102,22 +115,12 @@ def _too_small(sizes: dict[str, int], num_pairs: int, num_usable: int) -> Corpus
     )
 
 
-def choose_sample(pairs: list[Pair], size: int, seed: int) -> list[Pair]:
-    """At most `size` of the pairs, drawn by the seed, in their order."""
-    if len(pairs) <= size:
-        return pairs
-    drawn = sorted(range(len(pairs)), key=lambda index: _draw(seed, pairs[index]))[:size]
-    return [pairs[index] for index in sorted(drawn)]
+def choose_sample(draws: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
+    """Places of at most `size` pairs with these draws, rising."""
+    return np.sort(np.argsort(draws, kind="stable")[:size])
 
 
-def take(pairs: list[Pair], indices: Iterable[int]) -> list[Pair]:
-    return [pairs[index] for index in indices]
-
-
-def check_disjoint(splits: dict[str, list[Pair]]) -> None:
+def check_disjoint(splits: dict[str, Keys]) -> None:
     """Assert the promise of this module: no key of either side in two splits."""
-    for side in (0, 1):
-        owner: dict[int, str] = {}
-        for name, pairs in splits.items():
-            for key in {hash_key(make_key(pair[side])) for pair in pairs}:
-                assert owner.setdefault(key, name) == name, f"{name} and {owner[key]} share a sentence"
+    for (name, keys), (other, others) in itertools.combinations(splits.items(), 2):
+        assert not find_shared(keys, others).any(), f"{name} and {other} share a sentence"

@@ -10,10 +10,11 @@ Refuses (CorpusError): a vocabulary larger than the text supports, a model with 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def choose_placeholders(pairs: list[Pair], vocab_size: int) -> list[str]:
+def choose_placeholders(pairs: Iterable[Pair], vocab_size: int) -> list[str]:
     """Placeholders that become one piece each: the most frequent ones of the text and a few that are always there."""
     counts: Counter[str] = Counter()
     for pair in pairs:
@@ -155,12 +156,12 @@ def choose_placeholders(pairs: list[Pair], vocab_size: int) -> list[str]:
     return list(dict.fromkeys([*COMMON_PLACEHOLDERS, *ranked]))[:room]
 
 
-def train_sentencepiece(pairs: list[Pair], config: TokenizerConfig) -> bytes:
+def train_sentencepiece(pairs: Sequence[Pair], config: TokenizerConfig) -> bytes:
     """Train on both sides of the pairs; the serialised model."""
     stride = max(1, -(-2 * len(pairs) // MAX_TRAINING_TEXTS))
 
     def texts() -> Iterator[str]:
-        for pair in pairs[::stride]:
+        for pair in itertools.islice(pairs, 0, None, stride):
             yield pair.source
             yield pair.target
 

@@ -85,7 +85,7 @@ def _convert(
 ) -> CvmTransformer:
     """The student as the validations scored it; for method mixed, its plan is written beside it, to be used again."""
     settings = context.config.quantization
-    dataset = build_dataset(context, corpus.train, tokenizer, student.config, teacher.model.config)
+    dataset = build_dataset(context, corpus, tokenizer, student.config, teacher.model.config)
     calibration = Calibration(dataset, settings.calibration_sentences, context.config.seed)
     if settings.method != "mixed":
         return build_deploy(settings, calibration)(student, bits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,8 +10,8 @@ from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.config.schema import ModelConfig, TrainingConfig
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
-from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.corpus.tokens import obtain_tokens
 from cvm_translator.errors import ConfigError, CorpusError
 from cvm_translator.models.decoding import translate_texts
 from cvm_translator.models.folder import save_model
@@ -26,14 +26,15 @@ Training = TypeVar("Training", bound=TrainingConfig)
 
 
 def build_dataset(
-    context: RunContext, pairs: Sequence[Pair], tokenizer: Tokenizer, *models: ModelConfig
+    context: RunContext, corpus: Corpus, tokenizer: Tokenizer, *models: ModelConfig
 ) -> DistillationDataset:
-    """The pairs as token ids, without those longer than the shortest of the models' limits."""
+    """The training pairs as token ids, without those longer than the shortest of the models' limits."""
     max_length = min(model.max_length for model in models)
-    dataset = DistillationDataset.from_pairs(pairs, tokenizer, max_length)
+    files = obtain_tokens(corpus.train, tokenizer, context.layout.tokenizer / "train_tokens")
+    dataset = DistillationDataset.from_files(files, max_length)
     if not len(dataset):
         raise CorpusError(
-            f"all {len(pairs)} training pairs are longer than max_length {max_length} (in tokens): raise"
+            f"all {len(corpus.train)} training pairs are longer than max_length {max_length} (in tokens): raise"
             " teacher.model.max_length and student.model.max_length"
         )
     if dataset.num_dropped:

@@ -85,7 +85,7 @@ def _run_loop(
     """Train the student to the end; returns plain data."""
     config, settings = context.config, context.config.distillation
     student = build_student(context, tokenizer, teacher)
-    dataset = build_dataset(context, corpus.train, tokenizer, config.student.model, teacher.model.config)
+    dataset = build_dataset(context, corpus, tokenizer, config.student.model, teacher.model.config)
     loss = DistillationLoss(
         settings.temperature, settings.alpha, settings.beta, settings.label_smoothing, settings.divergence
     )

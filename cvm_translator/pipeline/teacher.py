@@ -148,7 +148,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
         context.layout.root,
         needed_disk_bytes(model.num_parameters(), context.config.keep_checkpoints, has_average=has_average),
     )
-    dataset = build_dataset(context, corpus.train, tokenizer, config.model)
+    dataset = build_dataset(context, corpus, tokenizer, config.model)
     loss = DistillationLoss(temperature=1.0, alpha=0.0, beta=1.0, label_smoothing=config.training.label_smoothing)
     settings = ValidationConfig.from_run(context.config, str(context.device))
     settings = dataclasses.replace(settings, settings=_surface_metrics(settings.settings))

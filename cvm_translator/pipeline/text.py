@@ -10,7 +10,7 @@ from pathlib import Path
 from cvm_translator.config.schema import CorpusConfig, TokenizerConfig
 from cvm_translator.corpus.build import ROLES, CorpusSummary, load_split
 from cvm_translator.corpus.build import build_corpus as build_corpus_files
-from cvm_translator.corpus.records import Pair
+from cvm_translator.corpus.split_file import SplitFile
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.corpus.tokenizer import build_tokenizer as build_tokenizer_files
 from cvm_translator.models.description import TOKENIZER_FILE
@@ -28,14 +28,14 @@ class Corpus:
     """The cleaned text of a run."""
 
     summary: CorpusSummary
-    train: list[Pair]
-    validation: list[Pair]
-    test: list[Pair]
-    unseen: list[Pair]
+    train: SplitFile
+    validation: SplitFile
+    test: SplitFile
+    unseen: SplitFile
     sha256: str
     """Hash over all splits."""
 
-    def splits(self) -> dict[str, list[Pair]]:
+    def splits(self) -> dict[str, SplitFile]:
         return {"train": self.train, "validation": self.validation, "test": self.test, "unseen": self.unseen}
 
 
@@ -62,10 +62,9 @@ def prepare_corpus(
         if atomic.read_json(record) == passed:
             return summary
     splits = {name: load_split(directory, name) for name in ROLES}
-    check_leakage({name: [(pair.source, pair.target) for pair in pairs] for name, pairs in splits.items()})
+    check_leakage(splits)
     for name, pairs in splits.items():
-        sources, targets, origins = zip(*pairs, strict=True) if pairs else ((), (), ())
-        check_alignment(sources, targets, f"corpus.{name}", origins)
+        check_alignment(pairs, f"corpus.{name}")
     atomic.write_json(record, passed)
     return summary
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.text import make_key
 from cvm_translator.errors import CorpusError, RunFolderError
 from cvm_translator.metrics.base import FloatArray
@@ -25,6 +26,7 @@ from cvm_translator.metrics.placeholders import PLACEHOLDER
 MAX_OFFSET = 5
 BLOCK_PAIRS = 100
 MAX_CHECKED_BLOCKS = 1000
+MAX_SAMPLED_PAIRS = 100_000
 MIN_PAIRS_TO_TELL = 60
 MIN_SHIFT_DEVIATIONS = 4.0
 MIN_PAIRS_FOR_RANDOM = 200
@@ -56,22 +58,35 @@ def find_anchors(text: str) -> frozenset[str]:
 
 
 class _Pairs:
-    """Likeness of source i and target j: shared anchors and like length, 0..1."""
+    """Likeness of source i and target j: shared anchors and like length, 0..1. Texts are read when they are needed."""
 
-    def __init__(self, sources: Sequence[str], targets: Sequence[str]) -> None:
-        self.source_anchors = [find_anchors(text) for text in sources]
-        self.target_anchors = [find_anchors(text) for text in targets]
-        self.source_lengths = np.log([len(text) + 3.0 for text in sources])
-        self.target_lengths = np.log([len(text) + 3.0 for text in targets])
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = pairs
+        self._features: dict[tuple[int, int], tuple[frozenset[str], float]] = {}
+        self.sample = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), MAX_SAMPLED_PAIRS)).astype(np.int64))
+        """Places of pairs all over the corpus."""
+        self.source_lengths = self._lengths(0, self.sample)
+        self.target_lengths = self._lengths(1, self.sample)
         self.usual_ratio = float(np.median(self.target_lengths - self.source_lengths))
 
+    def _feature(self, side: int, index: int) -> tuple[frozenset[str], float]:
+        """Anchors and logarithmic length of a text."""
+        if (side, index) not in self._features:
+            pair = self._pairs[index]
+            for place, text in enumerate((pair.source, pair.target)):
+                self._features[place, index] = find_anchors(text), math.log(len(text) + 3.0)
+        return self._features[side, index]
+
+    def _lengths(self, side: int, places: np.ndarray) -> FloatArray:
+        return np.array([self._feature(side, index)[1] for index in places.tolist()], dtype=np.float64)
+
     def likeness(self, rows: np.ndarray, columns: np.ndarray) -> FloatArray:
-        lengths = np.exp(-2.0 * np.abs(self.target_lengths[columns] - self.source_lengths[rows] - self.usual_ratio))
+        differences = self._lengths(1, columns) - self._lengths(0, rows) - self.usual_ratio
         shared = []
         for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-            mine, theirs = self.source_anchors[row], self.target_anchors[column]
+            mine, theirs = self._feature(0, row)[0], self._feature(1, column)[0]
             shared.append(len(mine & theirs) / max(1, min(len(mine), len(theirs))))
-        return np.asarray(0.5 * lengths + 0.5 * np.asarray(shared), dtype=np.float64)
+        return np.asarray(0.5 * np.exp(-2.0 * np.abs(differences)) + 0.5 * np.asarray(shared), dtype=np.float64)
 
 
 def _deviations(differences: FloatArray) -> float:
@@ -95,19 +110,17 @@ def _find_shift(pairs: _Pairs, start: int, stop: int, total: int) -> int:
     return best_offset
 
 
-def check_alignment(
-    sources: Sequence[str], targets: Sequence[str], name: str = "corpus.train", origins: Sequence[str] | None = None
-) -> None:
+def check_alignment(corpus: Sequence[Pair], name: str = "corpus.train") -> None:
     """Refuse a corpus whose targets belong to other sources, in all of it or in a stretch.
 
     Blocks of pairs are compared with their neighbourhood: a block that fits better at an offset is shifted. A corpus in
     no order has no offsets; there, pairs must at least be more alike than random ones. Too little to tell (fewer than
     60 pairs; for the second check fewer than 200, or texts all equally long) passes.
     """
-    total = len(sources)
+    total = len(corpus)
     if total < MIN_PAIRS_TO_TELL:
         return
-    pairs = _Pairs(sources, targets)
+    pairs = _Pairs(corpus)
     starts = list(range(0, max(1, total - BLOCK_PAIRS // 2), BLOCK_PAIRS))
     step = max(1, math.ceil(len(starts) / MAX_CHECKED_BLOCKS))
     shifted = []
@@ -118,17 +131,16 @@ def check_alignment(
             shifted.append((start, stop, offset))
     if shifted:
         start, _, offset = shifted[0]
-        where = f" ({origins[start]})" if origins else ""
         raise CorpusError(
-            f"{name}: from about pair {start + 1:,}{where} on, sources fit the target {abs(offset)} "
+            f"{name}: from about pair {start + 1:,} ({corpus[start].origin}) on, sources fit the target {abs(offset)} "
             f"{'below' if offset > 0 else 'above'} better than their own ({len(shifted)} blocks of {BLOCK_PAIRS} "
             f"pairs): the file is shifted by {offset:+d}; look for a missing or an extra line there"
         )
     if total < MIN_PAIRS_FOR_RANDOM or min(pairs.source_lengths.std(), pairs.target_lengths.std()) < MIN_LENGTH_SPREAD:
         return
-    rows = np.arange(total)
+    rows = pairs.sample
     likeness = pairs.likeness(rows, rows)
-    random_likeness = pairs.likeness(rows, derangement(total))
+    random_likeness = pairs.likeness(rows, rows[derangement(len(rows))])
     if _deviations(likeness - random_likeness) < MIN_RANDOM_DEVIATIONS:
         raise CorpusError(
             f"{name}: the pairs are no more alike than random ones (likeness {likeness.mean():.3f} against "
@@ -139,18 +151,25 @@ def check_alignment(
 # --------------------------------------------------------------------------------------------------------- leakage
 
 
-def check_leakage(splits: Mapping[str, Sequence[tuple[str, str]]]) -> None:
-    """Refuse splits (name -> pairs of source and target) that share a sentence or a near-duplicate on either side."""
-    for side, label in enumerate(("source", "target")):
-        owners: dict[str, tuple[str, int]] = {}
-        for name, pairs in splits.items():
-            for index, pair in enumerate(pairs):
-                owner, place = owners.setdefault(make_key(pair[side]), (name, index))
+def check_leakage(splits: Mapping[str, Sequence[Pair]]) -> None:
+    """Refuse splits that share a sentence or a near-duplicate on either side.
+
+    Memory goes with all splits but the largest, which is read once and not kept.
+    """
+    largest = max(splits, key=lambda name: len(splits[name]))
+    owners: tuple[dict[str, tuple[str, int]], ...] = ({}, {})
+    for name in [*(other for other in splits if other != largest), largest]:
+        for index, pair in enumerate(splits[name]):
+            for label, text, owner_of in zip(("source", "target"), pair[:2], owners, strict=True):
+                key = make_key(text)
+                owner, place = owner_of.get(key, (name, index))
                 if owner != name:
                     raise CorpusError(
-                        f"corpus: {label} {pair[side][:80]!r} of {name} (pair {index + 1:,}) is in {owner} as well "
+                        f"corpus: {label} {text[:80]!r} of {name} (pair {index + 1:,}) is in {owner} as well "
                         f"(pair {place + 1:,}): scores would be flattered; remove it from one of the two"
                     )
+                if name != largest:
+                    owner_of[key] = owner, place
 
 
 # -------------------------------------------------------------------------------------------------- teacher and loss

@@ -13,7 +13,7 @@ import pytest
 from cvm_translator.config.default_corpus import DEFAULT_CORPUS
 from cvm_translator.config.schema import CorpusConfig
 from cvm_translator.corpus.build import CorpusSummary, build_corpus, load_split
-from cvm_translator.corpus.splits import check_disjoint
+from cvm_translator.corpus.splits import check_disjoint, compute_keys
 from cvm_translator.errors import CorpusError
 
 from .conftest import make_mo_bytes, make_po, make_sentences, write_tsv, write_wheel
@@ -42,7 +42,7 @@ def test_held_out_splits_share_nothing(tmp_path: Path, build: Build) -> None:
     assert summary.filters == {"identical": 1, "exact_duplicate": 1} and not summary.reused
     assert any("dropped 1 exact duplicate" in message for message in messages)
     splits = {name: load_split(tmp_path / "corpus", name) for name in ("train", "validation", "test", "unseen")}
-    check_disjoint(splits)
+    check_disjoint({name: compute_keys(pairs) for name, pairs in splits.items()})
     assert {(p.source, p.target) for split in splits.values() for p in split} == set(sentences)
     assert splits["train"][0].origin.startswith("train.tsv:")
     assert {path.name for path in (tmp_path / "corpus").iterdir()} == OUTPUTS | {"manifest.json"}
@@ -118,6 +118,29 @@ def test_too_many_malformed_rows_are_refused(tmp_path: Path, build: Build) -> No
     assert build(cleaning={"max_quarantine_share": 0.2}).quarantine == {"no_tab": 20}
 
 
+def test_near_duplicates_are_counted_for_the_source_that_repeats(tmp_path: Path, build: Build) -> None:
+    sentences = make_sentences(200)
+    write_tsv(tmp_path / "train.tsv", sentences)
+    write_tsv(tmp_path / "more.tsv", [(f"{source}!", target) for source, target in sentences[:7]] + sentences[7:10])
+    summary = build(train=[*TRAIN, {"format": "tsv", "path": "more.tsv"}], seed=5)
+    assert summary.filters == {"exact_duplicate": 3, "near_duplicate": 7}
+    filters = json.loads((tmp_path / "corpus" / "filters.json").read_text(encoding="utf-8"))
+    assert [source["dropped"] for source in filters["sources"]] == [{}, {"exact_duplicate": 3, "near_duplicate": 7}]
+    assert [source["num_kept"] for source in filters["sources"]] == [200, 0]
+
+
+def test_chunks_and_processes_change_nothing(tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tsv(tmp_path / "train.tsv", [*make_sentences(230), ("Gleich", "Gleich"), *make_sentences(3)])
+    with open(tmp_path / "train.tsv", "ab") as stream:
+        stream.write(b"kein Tabulator\n")
+    whole = build()
+    files = {name: (tmp_path / "corpus" / name).read_bytes() for name in OUTPUTS}
+    monkeypatch.setattr("cvm_translator.corpus.pool.CHUNK_RECORDS", 50)
+    assert build(rebuild=True).sha256 == whole.sha256
+    assert {name: (tmp_path / "corpus" / name).read_bytes() for name in OUTPUTS} == files
+    assert not [path for path in (tmp_path / "corpus").iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("content", ["", "gleich\tgleich\n"])
 def test_an_empty_corpus_is_refused(tmp_path: Path, build: Build, content: str) -> None:
     (tmp_path / "train.tsv").write_text(content)
@@ -152,7 +175,7 @@ def test_explicit_lists_win_over_training(tmp_path: Path, build: Build) -> None:
         "unseen_shared_with_test": 1,
         "unseen_shared_with_train": 1,
     }
-    check_disjoint({name: load_split(tmp_path / "corpus", name) for name in summary.sizes})
+    check_disjoint({name: compute_keys(load_split(tmp_path / "corpus", name)) for name in summary.sizes})
 
 
 @pytest.mark.network

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
 import pytest
 
 from cvm_translator.config.schema import CleaningConfig
-from cvm_translator.corpus.cleaning import FILTERS, Cleaner, build_language_check
+from cvm_translator.corpus.cleaning import FILTERS, Rules, build_language_check, find_duplicates, judge_pair
 from cvm_translator.corpus.records import Pair
 
 GOOD = ("Die Datei wurde nicht gefunden.", "The file was not found.")
 
 
 def clean(*pairs: tuple[str, str], **settings: object) -> tuple[list[Pair], dict[str, int]]:
-    cleaner = Cleaner(CleaningConfig(**settings), "de", "en")
-    kept = [cleaner.clean(Pair(source, target, "t:1")) for source, target in pairs]
-    return [pair for pair in kept if pair is not None], dict(cleaner.counts)
-
-
-def test_text_is_normalised() -> None:
-    kept, counts = clean(("Die\u00a0Tu\u0308r\u200b  ist\toffen \x07", "\ufeffThe door\nis open"))
-    assert kept == [Pair("Die Tür ist offen", "The door is open", "t:1")]
-    assert counts == {}
+    rules = Rules(CleaningConfig(**settings), "de", "en")
+    judged = [judge_pair(Pair(source, target, "t:1"), rules) for source, target in pairs]
+    return [pair for pair in judged if isinstance(pair, Pair)], Counter(
+        name for name in judged if isinstance(name, str)
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,15 +43,15 @@ def test_each_filter(source: str, target: str, reason: str) -> None:
     assert reason in FILTERS
 
 
-def test_duplicates() -> None:
-    kept, counts = clean(
-        GOOD,
-        GOOD,
-        ("Die Datei wurde NICHT gefunden!", "The file was not found"),
-        ("Die Datei wurde nicht gefunden.", "File not found."),  # another translation stays
-    )
-    assert [pair.target for pair in kept] == [GOOD[1], "File not found."]
-    assert counts == {"exact_duplicate": 1, "near_duplicate": 1}
+def test_of_equal_pairs_the_first_stays() -> None:
+    exact, nearly = np.array([7, 5, 7, 6, 8, 5], np.uint64), np.array([1, 2, 1, 2, 3, 2], np.uint64)
+    dropped = find_duplicates(exact, nearly)
+    assert {name: places.tolist() for name, places in dropped.items()} == {
+        "exact_duplicate": [2, 5],
+        "near_duplicate": [3],
+    }
+    nothing = np.empty(0, np.uint64)
+    assert not any(len(places) for places in find_duplicates(nothing, nothing).values())
 
 
 def test_short_texts_and_switched_off_filters_pass() -> None:

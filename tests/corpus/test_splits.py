@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.splits import (
+    HeldOut,
     check_disjoint,
     choose_sample,
     compute_groups,
     compute_keys,
+    draw,
     find_shared,
     hold_out,
-    take,
 )
 from cvm_translator.corpus.text import make_key
 from cvm_translator.errors import CorpusError
@@ -48,25 +49,28 @@ def test_groups_equal_the_reference(rows: list[tuple[str, str, str]]) -> None:
         assert set(np.flatnonzero(groups == groups[index])) == walk_group(pairs, index)
 
 
+def draw_sets(pairs: list[Pair], sizes: dict[str, int], seed: int) -> HeldOut:
+    draws = np.array([draw(seed, pair) for pair in pairs], dtype=np.uint64)
+    return hold_out(compute_keys(pairs), draws, sizes)
+
+
 @settings(max_examples=100, deadline=None)
 @given(rows=PAIRS, sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)), seed=st.integers(0, 3))
 def test_held_out_sets_share_nothing(rows: list[tuple[str, str, str]], sizes: tuple[int, int], seed: int) -> None:
     pairs = make_pairs(rows)
     wanted = {"validation": sizes[0], "test": sizes[1]}
     try:
-        held_out, rest, left_over = hold_out(pairs, compute_keys(pairs), wanted, seed)
+        held_out = draw_sets(pairs, wanted, seed)
     except CorpusError as error:
         assert "cannot be held out" in str(error)
         return
-    assert {name: len(indices) for name, indices in held_out.items()} == wanted
-    assert rest
-    everything = [*held_out["validation"], *held_out["test"], *rest, *left_over]
-    assert sorted(everything) == list(range(len(pairs)))
-    train = take(pairs, rest)
-    splits = {name: take(pairs, indices) for name, indices in held_out.items()}
-    for name, split in splits.items():
-        for pair in split:
-            for other in train:
+    assert {name: len(places) for name, places in held_out.sets.items()} == wanted
+    assert len(held_out.rest)
+    everything = [*held_out.sets["validation"], *held_out.sets["test"], *held_out.rest]
+    assert len(set(everything)) == len(everything) == len(pairs) - held_out.num_left_over
+    for name, places in held_out.sets.items():
+        for pair in (pairs[place] for place in places):
+            for other in (pairs[place] for place in held_out.rest):
                 assert make_key(pair.source) != make_key(other.source), name
                 assert make_key(pair.target) != make_key(other.target), name
 
@@ -76,34 +80,41 @@ def test_the_order_of_the_pairs_does_not_matter() -> None:
     pairs = [Pair(p.source, p.source.replace("wort", "word"), p.origin) for p in pairs]
     chosen = []
     for order in (pairs, pairs[::-1]):
-        held_out, _, _ = hold_out(order, compute_keys(order), {"test": 20}, seed=3)
-        chosen.append({pair.source for pair in take(order, held_out["test"])})
+        held_out = draw_sets(order, {"test": 20}, seed=3)
+        chosen.append({order[place].source for place in held_out.sets["test"]})
     assert chosen[0] == chosen[1]
-    other, _, _ = hold_out(pairs, compute_keys(pairs), {"test": 20}, seed=4)
-    assert {pairs[i].source for i in other["test"]} != chosen[0]
+    other = draw_sets(pairs, {"test": 20}, seed=4)
+    assert {pairs[i].source for i in other.sets["test"]} != chosen[0]
 
 
 def test_single_pairs_are_preferred() -> None:
     rows = [("a", "x", ""), ("a", "y", ""), ("b", "y", ""), ("c", "z", ""), ("d", "v", "")]
-    held_out, rest, left_over = hold_out(make_pairs(rows), compute_keys(make_pairs(rows)), {"test": 2}, seed=0)
-    assert held_out["test"] == [3, 4] and rest == [0, 1, 2] and left_over == []
+    held_out = draw_sets(make_pairs(rows), {"test": 2}, seed=0)
+    assert held_out.sets["test"].tolist() == [3, 4] and held_out.rest.tolist() == [0, 1, 2]
+    assert held_out.num_left_over == 0
+
+
+def test_members_of_a_group_that_is_held_out_in_part_are_left_over() -> None:
+    rows = [("a", "x", ""), ("a", "y", ""), ("b", "v", ""), ("b", "w", ""), ("b", "u", "")]
+    held_out = draw_sets(make_pairs(rows), {"test": 1}, seed=0)
+    assert held_out.sets["test"].tolist() in ([0], [1]) and held_out.rest.tolist() == [2, 3, 4]
+    assert held_out.num_left_over == 1
 
 
 def test_too_small_a_corpus_is_told_so() -> None:
     pairs = make_pairs([("a", "x", ""), ("b", "y", ""), ("c", "z", "")])
     with pytest.raises(CorpusError, match=r"validation_size 2 and test_size 2 .* 3 clean training pairs \(at most 2"):
-        hold_out(pairs, compute_keys(pairs), {"validation": 2, "test": 2}, seed=0)
+        draw_sets(pairs, {"validation": 2, "test": 2}, seed=0)
 
 
 def test_sharing_across_lists() -> None:
     train, test = make_pairs([("Ein Haus", "a house", ""), ("b", "y", "")]), make_pairs([("ein HAUS", "q", "!")])
     assert find_shared(compute_keys(train), compute_keys(test)).tolist() == [True, False]
     with pytest.raises(AssertionError, match="share a sentence"):
-        check_disjoint({"train": train, "test": test})
+        check_disjoint({"train": compute_keys(train), "test": compute_keys(test)})
 
 
-def test_samples_are_drawn_by_the_seed() -> None:
-    pairs = make_pairs([(f"{i}a", "x", "") for i in range(50)])
-    sample = choose_sample(pairs, 10, seed=1)
-    assert len(sample) == 10 and sample == choose_sample(pairs, 10, seed=1) != choose_sample(pairs, 10, seed=2)
-    assert choose_sample(pairs, 50, seed=1) == pairs
+def test_samples_go_by_the_draws() -> None:
+    draws = np.array([30, 10, 20, 40], dtype=np.uint64)
+    assert choose_sample(draws, 2).tolist() == [1, 2]
+    assert choose_sample(draws, 9).tolist() == [0, 1, 2, 3]

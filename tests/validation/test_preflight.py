@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import CorpusError, RunFolderError
 from cvm_translator.validation.preflight import (
     check_alignment,
@@ -29,6 +30,10 @@ PHRASES = [
 ]
 
 
+def pair_up(sources: list[str], targets: list[str]) -> list[Pair]:
+    return [Pair(*sides, f"train.tsv:{index + 1}") for index, sides in enumerate(zip(sources, targets, strict=True))]
+
+
 def make_pairs(size: int) -> tuple[list[str], list[str]]:
     """Pairs in which each phrase comes with a number of its own or, half the time, none."""
     generator = random.Random(3)
@@ -43,9 +48,9 @@ def make_pairs(size: int) -> tuple[list[str], list[str]]:
 
 def test_a_good_corpus_passes_in_any_order() -> None:
     sources, targets = make_pairs(600)
-    check_alignment(sources, targets)
+    check_alignment(pair_up(sources, targets))
     order = random.Random(1).sample(range(600), 600)
-    check_alignment([sources[i] for i in order], [targets[i] for i in order])
+    check_alignment(pair_up([sources[i] for i in order], [targets[i] for i in order]))
 
 
 @pytest.mark.parametrize("offset", [1, -1, 3])
@@ -53,46 +58,47 @@ def test_a_shifted_file_is_found_with_its_offset(offset: int) -> None:
     sources, targets = make_pairs(500)
     targets = targets[offset:] + targets[:offset]
     with pytest.raises(CorpusError, match=rf"corpus\.train: from about pair 1 .* shifted by \{-offset:+d};"):
-        check_alignment(sources, targets)
+        check_alignment(pair_up(sources, targets))
 
 
 def test_a_file_shifted_from_the_middle_on_is_found_with_its_place() -> None:
     sources, targets = make_pairs(800)
-    origins = [f"train.tsv:{index + 1}" for index in range(800)]
     del targets[400], sources[-1]
     with pytest.raises(CorpusError, match=r"about pair 401 \(train.tsv:401\) on.*4 blocks.*shifted by -1"):
-        check_alignment(sources, targets, "corpus.train", origins)
+        check_alignment(pair_up(sources, targets), "corpus.train")
 
 
 def test_pairs_that_do_not_belong_together_are_found() -> None:
     sources, targets = make_pairs(600)
     random.Random(2).shuffle(targets)
     with pytest.raises(CorpusError, match=r"no more alike than random ones"):
-        check_alignment(sources, targets)
+        check_alignment(pair_up(sources, targets))
 
 
 def test_too_little_to_tell_passes() -> None:
     sources, targets = make_pairs(50)
-    check_alignment(sources, targets[::-1])
-    check_alignment(["ab cd"] * 300, ["ef gh"] * 300)
+    check_alignment(pair_up(sources, targets[::-1]))
+    check_alignment(pair_up(["ab cd"] * 300, ["ef gh"] * 300))
 
 
 def test_disjoint_splits_pass() -> None:
-    check_leakage({"train": [("Eins", "One")], "validation": [("Zwei", "Two")], "test": []})
+    check_leakage({"train": pair_up(["Eins"], ["One"]), "validation": pair_up(["Zwei"], ["Two"]), "test": []})
 
 
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (("Datei nicht gefunden", "Something else"), r"source 'Datei nicht gefunden' of test \(pair 2\) is in train"),
+        (("Datei nicht gefunden", "Something else"), r"source 'Datei nicht gefunden' of train \(pair 3\) is in test"),
         (("datei  nicht gefunden!", "Something else"), "source"),
-        (("Etwas anderes", "file not found."), "target 'file not found.' of test"),
+        (("Etwas anderes", "file not found."), "target 'File not found' of train .* in test as well .pair 2"),
     ],
 )
-def test_a_shared_sentence_or_near_duplicate_on_either_side_is_refused(pair, message: str) -> None:
-    train = [("Datei nicht gefunden", "File not found")]
-    with pytest.raises(CorpusError, match=message):
-        check_leakage({"train": train, "test": [("Ganz neu", "All new"), pair]})
+def test_a_shared_sentence_or_near_duplicate_on_either_side_is_refused(pair: tuple[str, str], message: str) -> None:
+    train = pair_up(["Haus", "Baum", "Datei nicht gefunden"], ["house", "tree", "File not found"])
+    test = [Pair("Ganz neu", "All new", ""), Pair(*pair, "")]
+    for splits in ({"train": train, "test": test}, {"test": test, "train": train}):
+        with pytest.raises(CorpusError, match=message):
+            check_leakage(splits)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def choose_sentences(model: Path, file: Path | None, source_language: str, num_s
     return Sentences(spaced(built_in, num_sentences), None, "built-in sentences")
 
 
-def load_map_pairs(corpus: Path) -> list[Pair]:
+def load_map_pairs(corpus: Path) -> Sequence[Pair]:
     """The training pairs of a run folder, or those of a TSV file."""
     if corpus.is_dir():
         return load_split(RunLayout(corpus).corpus, "train")
