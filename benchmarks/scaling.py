@@ -1,9 +1,9 @@
 """What grows with the corpus? Build, start, step and memory at 10,000 to 10,000,000 sentence pairs.
 
-Each size is a TSV file of sentences made of the words of a real run, put through the product's own commands: `corpus build`, a run
-that is new to the corpus (it writes the token ids and trains a tiny teacher and student), and a run that finds corpus,
-tokenizer, token ids and teacher. Told are the build's time and memory, the time from the second run's command to its
-first distillation step, its time a step with what handing out batches takes of it, and the trainer's memory.
+Each size is a TSV file of sentences made of the words of a real run, put through the product's own commands: `corpus
+build`, a run that is new to the corpus (it writes the token ids and trains a tiny teacher and student), and a run that
+finds corpus, tokenizer, token ids and teacher. Told are the build's time and memory, the time from the second run's
+command to its first distillation step, its time a step with what handing out batches takes of it, and its memory.
 
     python -m benchmarks.scaling --run my_run --work /big/disk/scaling --sizes 10000 1000000
 
@@ -12,7 +12,6 @@ Sizes that are measured already in --work are not measured again. 10,000,000 pai
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -138,7 +137,8 @@ def _run(command: list[str]) -> tuple[float, float]:
 
 def _read_run(layout: RunLayout, start: float) -> dict[str, float]:
     """Of a run that began at `start`: seconds until the first distillation step is written, time a step, memory."""
-    steps, progress = [], []
+    steps: list[dict[str, Any]] = []
+    progress: list[dict[str, Any]] = []
     for event in read_events(layout.events):
         if event.get("stage") == "distil" and event["kind"] in ("train", "progress"):
             (steps if event["kind"] == "train" else progress).append(event)

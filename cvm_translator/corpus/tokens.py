@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cvm_translator.corpus.parallel import map_in_order
 from cvm_translator.corpus.split_file import SplitFile, parse_line
 from cvm_translator.corpus.tokenizer import Tokenizer
-from cvm_translator.runs.atomic import new_folder, read_json, sha256_file, write_json
+from cvm_translator.runs.atomic import new_folder, read_json, sha256_file, sha256_json, write_json
 
 CHUNK_PAIRS = 20_000
 SIDES = ("source", "target")
@@ -65,8 +65,8 @@ def obtain_tokens(split: SplitFile, tokenizer: Tokenizer, directory: Path) -> To
         with new_folder(directory) as folder:
             hashes = _write(split, tokenizer, folder)
             write_json(folder / "manifest.json", {"inputs": inputs, "files": hashes})
-    sides = [_open_side(directory, name, tokenizer.vocab_size) for name in SIDES]
-    return TokenFiles(*sides, sha256=hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest())
+    source, target = (_open_side(directory, name, tokenizer.vocab_size) for name in SIDES)
+    return TokenFiles(source, target, sha256_json(hashes))
 
 
 def _read_hashes(directory: Path, inputs: dict[str, Any]) -> dict[str, str] | None:
