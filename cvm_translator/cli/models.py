@@ -46,9 +46,9 @@ def validate(options: Options) -> int:
 
 
 def translate(options: Options) -> int:
-    from cvm_translator.models.runtimes import load_runtime
+    from cvm_translator.models.runtimes import RuntimeSettings, load_runtime
 
-    runtime = load_runtime(options.runtime, options.model)
+    runtime = load_runtime(options.runtime, options.model, RuntimeSettings(precision=options.precision))
 
     def translate(texts: list[str]) -> list[str]:
         return runtime.translate(texts, beam_size=options.beam_size, batch_size=options.batch_size)

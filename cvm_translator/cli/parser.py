@@ -120,6 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
     translate = add("translate", models.translate, "translate standard input, a line each, in order")
     translate.add_argument("--input", type=Path, metavar="FILE", help="read this file instead of standard input")
     translate.add_argument("--runtime", choices=["native", "ctranslate2", "onnx", "huggingface"], default="native")
+    translate.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="of a float model's arithmetic (native)"
+    )
     translate.add_argument("--beam-size", type=_positive, default=1, metavar="N")
     translate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="sentences decoded together")
     quantize = add("quantize", models.quantize, "store a float model with fewer bits")

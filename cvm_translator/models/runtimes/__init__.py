@@ -64,4 +64,7 @@ def import_runtime(name: str) -> type[Runtime]:
 
 def load_runtime(name: str, path: Path | str, settings: RuntimeSettings | None = None) -> Runtime:
     """The model at `path`; raises ModelError if it cannot be loaded, MissingDependencyError without its library."""
-    return import_runtime(name)(Path(path), settings or RuntimeSettings())
+    settings = settings or RuntimeSettings()
+    if name != "native" and settings.precision != "float32":
+        raise ModelError(f"--precision {settings.precision} is for --runtime native: {name} computes as exported")
+    return import_runtime(name)(Path(path), settings)

@@ -25,6 +25,8 @@ class RuntimeSettings:
     """Threads within one batch; None leaves the choice to the library."""
     num_workers: int = 1
     """Batches translated at the same time (CTranslate2)."""
+    precision: str = "float32"
+    """What a float32 model computes in: float32 or bfloat16 (native)."""
 
 
 class Runtime(abc.ABC):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from cvm_translator.errors import ModelError
 from cvm_translator.models.decoding import translate_ids
 from cvm_translator.models.description import WEIGHTS_FILE
 from cvm_translator.models.folder import find_model_folder, load_model
@@ -21,6 +22,13 @@ class NativeRuntime(Runtime):
             torch.set_num_threads(settings.num_threads)
         loaded = load_model(path, settings.device)
         self._model, self.tokenizer = loaded.model, loaded.tokenizer
+        if settings.precision != "float32":
+            if loaded.config["number_format"] != "float32":
+                raise ModelError(
+                    f"{find_model_folder(path)} is {loaded.config['number_format']}, which computes in its own precision:"
+                    " name the float model (in a run: student/float) or leave --precision out"
+                )
+            self._model.to(getattr(torch, settings.precision))
         self.facts = {
             "format": "safetensors",
             "number_format": loaded.config["number_format"],
