@@ -8,6 +8,7 @@ Refuses (CorpusError): an input that changed since the manifest was written, too
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -68,6 +69,8 @@ def build_corpus(
         report(f"corpus: {', '.join(damaged)} in {directory} missing or damaged, building again")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
+    for left in directory.glob(f"{TEMPORARY_PREFIX}*/"):  # of a build that was killed
+        shutil.rmtree(left)
 
     context = _make_context(config, base_dir, report)
     _fetch_all_packages(config, context)

@@ -66,9 +66,11 @@ def test_without_a_manifest_it_is_built_again(tmp_path: Path, build: Build) -> N
     write_tsv(tmp_path / "train.tsv", make_sentences(200))
     first = build()
     (tmp_path / "corpus" / "manifest.json").unlink()
+    (tmp_path / "corpus" / ".tmp-of-a-killed-build").mkdir()
     with pytest.raises(CorpusError, match=r"no manifest\.json"):
         load_split(tmp_path / "corpus", "train")
     assert build().sha256 == first.sha256
+    assert not (tmp_path / "corpus" / ".tmp-of-a-killed-build").exists()
 
 
 def test_changed_inputs_are_refused_by_name(tmp_path: Path, build: Build) -> None:
