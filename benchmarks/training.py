@@ -131,20 +131,23 @@ class _StepWatch(Heartbeat):
 
 
 class _CountingEvents(EventWriter):
-    """Remembers the token count of each step."""
+    """Remembers the token count and the loss of each step."""
 
-    def __init__(self, path: Path, tokens: list[int]) -> None:
+    def __init__(self, path: Path, tokens: list[int], losses: list[float]) -> None:
         super().__init__(path)
-        self._step_tokens = tokens
+        self._step_tokens, self._losses = tokens, losses
 
     def buffer(self, kind: str, **fields: Any) -> None:
         if kind == "train":
             self._step_tokens.append(fields["num_tokens"])
+            self._losses.append(fields["loss"])
         super().buffer(kind, **fields)
 
 
-def run_ours(parts: Parts, folder: Path, *, has_stored_states: bool) -> dict[str, float]:
-    """The product's own loop, checkpoints and validations left out."""
+def run_ours(
+    parts: Parts, folder: Path, *, has_stored_states: bool, losses: list[float] | None = None
+) -> dict[str, float]:
+    """The product's own loop, checkpoints and validations left out; each step's loss is added to `losses`."""
     problem, tokens = parts.problem, list[int]()
     watch = Stopwatch(problem.num_warm_up)
     figures: dict[str, float] = {}
@@ -165,7 +168,7 @@ def run_ours(parts: Parts, folder: Path, *, has_stored_states: bool) -> dict[str
     device = torch.device("cpu")
     cost = StepCost(parts.student, parts.teacher, states is not None, measure_peak(settings.precision, device))
     seed_everything(7)
-    with _CountingEvents(folder / "events.jsonl", tokens) as events:
+    with _CountingEvents(folder / "events.jsonl", tokens, [] if losses is None else losses) as events:
         loop = TrainingLoop(
             LoopSetup(
                 stage="distil",
@@ -327,10 +330,9 @@ def format_results(data: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
-    parser = common.build_plain_parser("Compare training with Transformers' Seq2SeqTrainer.")
+def add_problem_options(parser: argparse.ArgumentParser) -> None:
+    """The sizes of the problem, the rounds and the threads."""
     parser.add_argument("--student", choices=MODEL_PRESETS, default="spec_student")
-    parser.add_argument("--teacher", choices=MODEL_PRESETS, help="distil from a teacher of these sizes")
     parser.add_argument("--vocabulary", type=int, default=32_000, metavar="V")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N")
     parser.add_argument("--num-steps", type=int, default=20, metavar="N")
@@ -338,10 +340,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="T")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+
+
+def read_problem(options: argparse.Namespace) -> Problem:
     if options.num_warm_up < 1 or options.num_steps < 1:
         raise BenchmarkError("--num-steps and --num-warm-up are at least 1")
-    problem = Problem(
+    return Problem(
         options.student,
         options.teacher,
         options.vocabulary,
@@ -349,6 +353,14 @@ def main() -> int:
         options.num_steps,
         options.num_warm_up,
     )
+
+
+def main() -> int:
+    parser = common.build_plain_parser("Compare training with Transformers' Seq2SeqTrainer.")
+    parser.add_argument("--teacher", choices=MODEL_PRESETS, help="distil from a teacher of these sizes")
+    add_problem_options(parser)
+    options = parser.parse_args()
+    problem = read_problem(options)
     if options.worker:
         print(json.dumps(run_worker(options.worker, problem)))
         return 0
