@@ -41,7 +41,7 @@ from cvm_translator.models.initialization import init_random
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import Heartbeat
-from cvm_translator.teachers.states import TeacherStates, obtain_states
+from cvm_translator.teachers.states import TeacherStates
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.setup import LoopSetup
@@ -154,7 +154,8 @@ def run_ours(
     states: TeacherStates | None = None
     if has_stored_states and parts.teacher is not None:
         start = time.perf_counter()
-        states, _ = obtain_states(parts.teacher, "benchmark", parts.dataset, folder, lambda: None)
+        states = TeacherStates(folder, parts.teacher, "benchmark", parts.dataset)
+        states.file.make(parts.teacher, states.build_encoder(parts.teacher), lambda: None)
         figures["states_seconds"] = time.perf_counter() - start
     loss = DistillationLoss(TEMPERATURE, ALPHA if parts.teacher else 0.0, BETA if parts.teacher else 1.0)
     total = problem.num_steps + problem.num_warm_up

@@ -280,13 +280,18 @@ class TeacherConfig(Settings):
     """Compute the teacher's hidden states of every training pair once and read them back, instead of running the
     teacher at each step. Done where training multiplies in bfloat16 and visits pairs more than once, within the
     budget."""
+    top_k: PositiveInt | None = None
+    """Store the teacher's so many likeliest targets of every token instead of its hidden states: a smaller file, but
+    what they leave of its distribution is lost (at high temperatures much). The share kept is told."""
     states_budget_mib: PositiveInt = 2048
-    """Largest file of stored states; above it the teacher runs at each step."""
+    """Largest file of what is stored; above it the teacher runs at each step, but with `top_k` it is an error."""
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> TeacherConfig:
         if (self.kind == "checkpoint") != (self.path is not None):
             raise ValueError("teacher.path is needed for kind checkpoint, and only there")
+        if self.top_k is not None and not self.store_states:
+            raise ValueError("teacher.top_k is what is stored: leave store_states true, or top_k out")
         return self
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from cvm_translator.config.schema import DivergenceName
 from cvm_translator.losses.divergences import DIVERGENCES
+from cvm_translator.losses.top_targets import TopTargets
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 """Logits handled together, by device type; 1 MiB of float32 on a CPU."""
@@ -78,6 +79,10 @@ class _Teacher(NamedTuple):
     """(N, D'), divided by the temperature."""
     matrix: Tensor
 
+    def at(self, rows: slice) -> Tensor:
+        """(n, V) tempered logits."""
+        return self.hidden[rows] @ self.matrix.t()
+
 
 class _TaskAndDistillation(torch.autograd.Function):
     """(hidden, matrix, …) -> sums (T²·D, CE, correct) and the weighted total; see the module's docstring."""
@@ -88,7 +93,7 @@ class _TaskAndDistillation(torch.autograd.Function):
         hidden: Tensor,
         matrix: Tensor,
         targets: Tensor,
-        teacher: _Teacher | None,
+        teacher: _Teacher | TopTargets | None,
         settings: DistillationLoss,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         types = hidden.dtype, matrix.dtype
@@ -99,8 +104,9 @@ class _TaskAndDistillation(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _slices(hidden.shape[0], max(1, _CHUNK_ELEMENTS // matrix.shape[0])):
                 logits = hidden[chunk] @ matrix.t()
-                tempered_teacher = None if teacher is None else teacher.hidden[chunk] @ teacher.matrix.t()
-                parts += _write_gradients(settings, logits, targets[chunk], tempered_teacher)
+                parts += _write_gradients(
+                    settings, logits, targets[chunk], None if teacher is None else teacher.at(chunk)
+                )
                 if grad_hidden is not None:
                     torch.mm(logits, matrix, out=grad_hidden[chunk])
                 if ctx.needs_input_grad[1]:
@@ -119,13 +125,15 @@ class _TaskAndDistillation(torch.autograd.Function):
 
 
 def _write_gradients(
-    settings: DistillationLoss, logits: Tensor, targets: Tensor, tempered_teacher: Tensor | None
+    settings: DistillationLoss, logits: Tensor, targets: Tensor, teacher: Tensor | TopTargets | None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The sums of each block of a chunk's rows, and the gradient written over its logits."""
+
+    def cut(rows: slice) -> Tensor | TopTargets | None:
+        return teacher.at(rows) if isinstance(teacher, TopTargets) else None if teacher is None else teacher[rows]
+
     return [
-        settings.write_gradient(
-            logits[rows], targets[rows], None if tempered_teacher is None else tempered_teacher[rows]
-        )
+        settings.write_gradient(logits[rows], targets[rows], cut(rows))
         for rows in _slices(logits.shape[0], _block_rows(logits))
     ]
 
@@ -168,11 +176,22 @@ class DistillationLoss:
         num_tokens: float,
         teacher_hidden: Tensor | None = None,
         teacher_matrix: Tensor | None = None,
+        top_targets: TopTargets | None = None,
     ) -> LossParts:
-        """Student hidden (N, D) and matrix (V, D), targets (N,) ids, teacher hidden (N, D') and matrix (V, D')."""
+        """Student hidden (N, D) and matrix (V, D), targets (N,) ids, teacher hidden (N, D') and matrix (V, D').
+
+        `top_targets` of the N positions, at this loss's temperature, take the place of the teacher's two.
+        """
         _check_shapes(student_hidden, student_matrix, targets)
-        teacher = None
-        if self.needs_teacher:
+        teacher: _Teacher | TopTargets | None = None
+        if self.needs_teacher and top_targets is not None:
+            if top_targets.indices.shape != top_targets.log_probs.shape or len(top_targets.indices) != len(targets):
+                raise ValueError(
+                    f"top targets of {tuple(top_targets.indices.shape)} and {tuple(top_targets.log_probs.shape)} are"
+                    f" not those of {len(targets)} positions"
+                )
+            teacher = top_targets
+        elif self.needs_teacher:
             if teacher_hidden is None or teacher_matrix is None:
                 raise ValueError(
                     f"alpha is {self.alpha}: the distillation term needs the teacher's hidden states and matrix"
@@ -192,11 +211,11 @@ class DistillationLoss:
         return LossParts(total / num_tokens, distillation / num_tokens, task / num_tokens, num_correct)
 
     def write_gradient(
-        self, logits: Tensor, targets: Tensor, tempered_teacher: Tensor | None
+        self, logits: Tensor, targets: Tensor, teacher: Tensor | TopTargets | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums (T²·D, CE, correct) over the rows, and the gradient of the weighted sum written over `logits`.
 
-        `tempered_teacher` is the teacher's logits divided by the temperature.
+        `teacher`: its logits divided by the temperature, or what is known of its distribution.
         """
         student = _wide(logits)
         target_logits, best_logits = student.gather(1, targets[:, None]), student.amax(-1, keepdim=True)
@@ -209,8 +228,8 @@ class DistillationLoss:
             task = task - smoothing / num_classes * student.sum()
         distillation = task.new_zeros(())
         gradient = None
-        if tempered_teacher is not None:
-            distillation, gradient = self._distil(student, probs, log_sum, _wide(tempered_teacher))
+        if teacher is not None:
+            distillation, gradient = self._distil(student, probs, log_sum, teacher)
         if self.beta:
             if smoothing:
                 probs.sub_(smoothing / num_classes)
@@ -220,13 +239,16 @@ class DistillationLoss:
         logits.copy_(gradient) if gradient is not None else logits.zero_()
         return distillation, task, num_correct
 
-    def _distil(self, student: Tensor, probs: Tensor, log_sum: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _distil(
+        self, student: Tensor, probs: Tensor, log_sum: Tensor, teacher: Tensor | TopTargets
+    ) -> tuple[Tensor, Tensor]:
         """T² · D summed over the rows and alpha · T · its gradient, both at the temperature; D is the divergence."""
-        if self.divergence == "forward_kl":
-            divergence, gradient = self._forward_kl(student, probs, log_sum, teacher)
+        if self.divergence == "forward_kl" and isinstance(teacher, Tensor):
+            divergence, gradient = self._forward_kl(student, probs, log_sum, _wide(teacher))
         else:
             log_probs = (student / self.temperature).log_softmax(-1)
-            divergence, gradient = DIVERGENCES[self.divergence](log_probs, teacher.log_softmax(-1))
+            known = teacher.spread(log_probs) if isinstance(teacher, TopTargets) else _wide(teacher).log_softmax(-1)
+            divergence, gradient = DIVERGENCES[self.divergence](log_probs, known)
         return divergence * self.temperature**2, gradient.mul_(self.alpha * self.temperature)
 
     def _forward_kl(self, student: Tensor, probs: Tensor, log_sum: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

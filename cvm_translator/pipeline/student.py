@@ -16,6 +16,7 @@ import torch
 from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.tokenizer import Tokenizer
+from cvm_translator.errors import ConfigError
 from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.initialization import init_from_teacher, init_random
 from cvm_translator.models.transformer import CvmTransformer
@@ -33,7 +34,7 @@ from cvm_translator.pipeline.parts import (
 from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
-from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, has_states, obtain_states
+from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
 from cvm_translator.training.device import uses_bfloat16
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
@@ -96,12 +97,14 @@ def _run_loop(
     calibration = Calibration(dataset, config.quantization.calibration_sentences, config.seed)
     batches = build_batches(context, dataset, settings, config.seed)
     num_epochs = settings.num_iterations / batches.num_batches_per_epoch
-    states_bytes = find_states_bytes(context, teacher, dataset, num_epochs)
-    more_bytes = 0 if states_bytes is None else check_room_for_states(context, teacher, dataset, states_bytes)
+    stored = choose_stored(context, teacher, dataset, num_epochs)
+    more_bytes = check_room_for_stored(context, stored)
     preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"], more_bytes)
     preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
     context.note(describe_preflight(preflight))
-    states = None if states_bytes is None else obtain_teacher_states(context, teacher, dataset, states_bytes)
+    if stored is not None:
+        fill_stored(context, teacher, dataset, stored)
+    asked = teacher.model if loss.needs_teacher and not isinstance(stored, TeacherTopTargets) else None
     seed_everything(config.seed)
     loop = TrainingLoop(
         LoopSetup(
@@ -109,7 +112,7 @@ def _run_loop(
             settings=cut_for_memory(context, "distil", settings, batches),
             guard=config.guard,
             model=student,
-            objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, states),
+            objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, stored),
             dataset=dataset,
             batches=batches,
             store=store,
@@ -129,12 +132,7 @@ def _run_loop(
             device=context.device,
             num_threads=context.config.num_threads,
             validate_every_steps=config.validation.every_steps,
-            cost=StepCost(
-                student,
-                teacher.model if loss.needs_teacher else None,
-                states is not None,
-                measure_peak(settings.precision, context.device),
-            ),
+            cost=StepCost(student, asked, stored is not None, measure_peak(settings.precision, context.device)),
             widths=build_course(config),
             prepare=build_prepare(config.quantization),
             faults=list(config.fault_injection),
@@ -156,44 +154,47 @@ def states_directory(context: RunContext) -> Path:
     return (context.config.teacher.cache_dir or context.layout.teacher) / "states"
 
 
-def find_states_bytes(
+def choose_stored(
     context: RunContext, teacher: Teacher, dataset: DistillationDataset, num_epochs: float
-) -> int | None:
-    """Size of the teacher's stored states where they are exact and pay; None: the teacher runs at each step."""
-    config, settings = context.config, context.config.distillation
-    if settings.alpha == 0 or not config.teacher.store_states or config.fault_injection or num_epochs <= 1.5:
+) -> StoredTeacher | None:
+    """What of the teacher is stored, where that is exact and pays or was asked for; None: it runs at each step."""
+    config, settings = context.config.teacher, context.config.distillation
+    if settings.alpha == 0 or not config.store_states or context.config.fault_injection:
         return None
-    if not uses_bfloat16(settings.precision, context.device):
+    given = (states_directory(context), teacher.model, teacher.sha256, dataset)
+    stored: StoredTeacher
+    if config.top_k is not None:
+        stored = TeacherTopTargets(*given, config.top_k, settings.temperature)
+    elif num_epochs > 1.5 and uses_bfloat16(settings.precision, context.device):
+        stored = TeacherStates(*given)
+    else:
         return None
-    num_bytes = compute_states_bytes(dataset, teacher.model.config.dim)
-    if num_bytes > config.teacher.states_budget_mib * 2**20:
-        context.note(
-            f"teacher states would take {num_bytes / 2**20:,.0f} MiB, over teacher.states_budget_mib"
-            f" {config.teacher.states_budget_mib}: the teacher runs at each step"
-        )
-        return None
-    return num_bytes
+    if stored.file.num_bytes <= config.states_budget_mib * 2**20:
+        return stored
+    size = f"{stored.file.num_bytes / 2**20:,.0f} MiB, over teacher.states_budget_mib {config.states_budget_mib}"
+    if config.top_k is not None:
+        raise ConfigError(f"teacher.top_k {config.top_k} would take {size}: raise the budget or lower top_k")
+    context.note(f"teacher states would take {size}: the teacher runs at each step")
+    return None
 
 
-def check_room_for_states(context: RunContext, teacher: Teacher, dataset: DistillationDataset, num_bytes: int) -> int:
-    """Bytes that the states still need beside the run's own; those of a shared cache elsewhere are asked for here."""
-    directory = states_directory(context)
-    if has_states(teacher.sha256, dataset, teacher.model.config.dim, directory):
+def check_room_for_stored(context: RunContext, stored: StoredTeacher | None) -> int:
+    """Bytes that it still needs beside the run's own; those of a shared cache elsewhere are asked for here."""
+    if stored is None or stored.file.exists():
         return 0
     if context.config.teacher.cache_dir is None:
-        return num_bytes
-    check_disk(directory, num_bytes)
+        return stored.file.num_bytes
+    check_disk(stored.file.path.parent, stored.file.num_bytes)
     return 0
 
 
-def obtain_teacher_states(
-    context: RunContext, teacher: Teacher, dataset: DistillationDataset, num_bytes: int
-) -> TeacherStates:
-    start = time.monotonic()
-    states, was_there = obtain_states(teacher.model, teacher.sha256, dataset, states_directory(context), context.go_on)
+def fill_stored(context: RunContext, teacher: Teacher, dataset: DistillationDataset, stored: StoredTeacher) -> None:
+    """Compute what is stored unless it is there already."""
+    start, was_there = time.monotonic(), stored.file.exists()
+    if not was_there:
+        stored.file.make(teacher.model, stored.build_encoder(teacher.model), context.go_on)
     how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"
-    context.note(f"teacher states of {len(dataset):,} pairs, {num_bytes / 2**20:,.0f} MiB: {how}")
-    return states
+    context.note(f"{stored.describe()} of {len(dataset):,} pairs, {stored.file.num_bytes / 2**20:,.0f} MiB: {how}")
 
 
 def build_student(context: RunContext, tokenizer: Tokenizer, teacher: Teacher) -> CvmTransformer:

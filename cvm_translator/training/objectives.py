@@ -13,9 +13,9 @@ import torch
 
 from cvm_translator.corpus.dataset import Batch
 from cvm_translator.corpus.tokenizer import PAD_ID
-from cvm_translator.losses.distillation import DistillationLoss, LossParts
+from cvm_translator.losses import DistillationLoss, LossParts, TopTargets
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.teachers.states import TeacherStates
+from cvm_translator.teachers.states import StoredTeacher, TeacherStates
 
 
 def find_real_targets(batch: Batch) -> torch.Tensor:
@@ -34,7 +34,7 @@ class Objective(Protocol):
 class DistillationObjective:
     """alpha · T² · divergence from the teacher + beta · cross-entropy; the task term alone without a teacher.
 
-    The teacher runs in evaluation mode and without gradients; with `states`, its stored hidden states are read instead.
+    The teacher runs in evaluation mode and without gradients; with `stored`, what it said is read instead.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class DistillationObjective:
         student: CvmTransformer,
         loss: DistillationLoss,
         teacher: CvmTransformer | None = None,
-        states: TeacherStates | None = None,
+        stored: StoredTeacher | None = None,
     ) -> None:
         self.student = student
         self.loss = loss
         self.teacher = teacher
-        self.states = states
+        self.stored = stored
         self.teacher_shift = 0
         """A planted fault: the teacher recommends words so many places further in the vocabulary."""
         if teacher is not None:
@@ -58,24 +58,21 @@ class DistillationObjective:
         targets = batch.tgt_out.flatten()[real]
         hidden, matrix = self.student(batch.src, batch.src_mask, batch.tgt_in)  # (B, T, D), (V, D)
         selected = hidden.flatten(0, 1)[real]  # (N, D)
-        teacher_hidden, teacher_matrix = self._ask_teacher(batch, real)
-        return self.loss(
-            selected,
-            matrix,
-            targets,
-            num_tokens=num_tokens,
-            teacher_hidden=teacher_hidden,
-            teacher_matrix=teacher_matrix,
-        )
+        known: dict[str, torch.Tensor | TopTargets] = self._ask_teacher(batch, real)
+        return self.loss(selected, matrix, targets, num_tokens=num_tokens, **known)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _ask_teacher(self, batch: Batch, real: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The teacher's hidden states (N, D) at the real targets, and its output matrix (V, D)."""
+    def _ask_teacher(self, batch: Batch, real: torch.Tensor) -> dict[str, torch.Tensor | TopTargets]:
+        """What the loss takes of the teacher: states (N, D) at the real targets and matrix (V, D), or top targets."""
         if self.teacher is None:
-            return None, None
-        if self.states is not None:
-            hidden, matrix = self.states.gather(batch.indices).to(batch.src.device), self.teacher.embedding.matrix()
+            return {}
+        device = batch.src.device
+        if self.stored is not None and not isinstance(self.stored, TeacherStates):
+            return {"top_targets": self.stored.gather(batch.indices).to(device)}
+        if self.stored is not None:
+            hidden, matrix = self.stored.gather(batch.indices).to(device), self.teacher.embedding.matrix()
         else:
             hidden, matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)
             hidden = hidden.flatten(0, 1)[real]
-        return hidden, matrix.roll(self.teacher_shift, 0) if self.teacher_shift else matrix
+        matrix = matrix.roll(self.teacher_shift, 0) if self.teacher_shift else matrix
+        return {"teacher_hidden": hidden, "teacher_matrix": matrix}

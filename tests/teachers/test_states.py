@@ -12,10 +12,12 @@ import torch
 from cvm_translator.config.schema import ModelConfig
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.errors import Stopped
+from cvm_translator.losses import find_top_targets
 from cvm_translator.losses.distillation import DistillationLoss
+from cvm_translator.losses.top_targets import compute_mass
 from cvm_translator.models.initialization import init_random
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.teachers.states import TeacherStates, compute_states_bytes, obtain_states
+from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
 from cvm_translator.training.objectives import DistillationObjective, find_real_targets
 
 VOCAB = 40
@@ -50,15 +52,21 @@ def dataset() -> DistillationDataset:
     return DistillationDataset([draw() for _ in range(170)], [draw() for _ in range(170)])
 
 
-def never() -> None:
-    pass
+def fill(stored: StoredTeacher, teacher: CvmTransformer, should_stop: Callable[[], None] = lambda: None) -> bool:
+    """Whether it was there already."""
+    was_there = stored.file.exists()
+    if not was_there:
+        stored.file.make(teacher, stored.build_encoder(teacher), should_stop)
+    return was_there
 
 
 @pytest.fixture(scope="module")
 def states(
     teacher: CvmTransformer, dataset: DistillationDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> TeacherStates:
-    return obtain_states(teacher, "ab" * 32, dataset, tmp_path_factory.mktemp("states"), never)[0]
+    stored = TeacherStates(tmp_path_factory.mktemp("states"), teacher, "ab" * 32, dataset)
+    fill(stored, teacher)
+    return stored
 
 
 def test_states_are_the_teachers_in_the_order_of_the_flattened_batch(
@@ -122,17 +130,20 @@ def test_the_wrong_pairs_states_would_show(
 def test_a_file_is_reused_only_for_the_same_teacher_and_pairs(
     teacher: CvmTransformer, dataset: DistillationDataset, tmp_path: Path
 ) -> None:
-    _, was_there = obtain_states(teacher, "a" * 64, dataset, tmp_path, never)
-    assert not was_there
+    def fill_again(sha256: str, pairs: DistillationDataset) -> bool:
+        return fill(TeacherStates(tmp_path, teacher, sha256, pairs), teacher)
+
+    assert not fill_again("a" * 64, dataset)
     (path,) = tmp_path.iterdir()
-    assert path.stat().st_size == compute_states_bytes(dataset, teacher.config.dim)
+    num_tokens = int((dataset.lengths[:, 1] + 1).sum())
+    assert path.stat().st_size == num_tokens * teacher.config.dim * 2
     written = path.read_bytes()
-    assert obtain_states(teacher, "a" * 64, dataset, tmp_path, never)[1]
-    other_pairs = DistillationDataset([dataset[i][0] for i in range(169)], [dataset[i][1] for i in range(169)])
-    assert not obtain_states(teacher, "a" * 64, other_pairs, tmp_path, never)[1]
-    assert not obtain_states(teacher, "b" * 64, dataset, tmp_path, never)[1]
+    assert fill_again("a" * 64, dataset)
+    other_pairs = DistillationDataset([dataset[i][0] for i in range(169)], [dataset[i][1] for i in range(169)])  # type: ignore[misc]
+    assert not fill_again("a" * 64, other_pairs)
+    assert not fill_again("b" * 64, dataset)
     path.write_bytes(written[:-2])  # torn
-    assert not obtain_states(teacher, "a" * 64, dataset, tmp_path, never)[1]
+    assert not fill_again("a" * 64, dataset)
     assert path.read_bytes() == written
 
 
@@ -144,7 +155,37 @@ def test_a_stop_leaves_nothing_half_made(teacher: CvmTransformer, dataset: Disti
         if len(calls) == 2:
             raise Stopped(15)
 
-    stop: Callable[[], None] = should_stop
     with pytest.raises(Stopped):
-        obtain_states(teacher, "a" * 64, dataset, tmp_path, stop)
+        fill(TeacherStates(tmp_path, teacher, "a" * 64, dataset), teacher, should_stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_top_targets_are_those_of_the_online_teacher(
+    teacher: CvmTransformer, dataset: DistillationDataset, tmp_path: Path
+) -> None:
+    stored = TeacherTopTargets(tmp_path, teacher, "a" * 64, dataset, k=5, temperature=2.0)
+    assert not fill(stored, teacher)
+    assert stored.file.num_bytes == int((dataset.lengths[:, 1] + 1).sum()) * 5 * 4
+    batch = dataset.batch(INDICES)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, matrix = teacher(batch.src, batch.src_mask, batch.tgt_in)
+        logits = hidden.flatten(0, 1)[find_real_targets(batch)] @ matrix.to(torch.bfloat16).T
+    expected, found = find_top_targets(logits, 2.0, 5), stored.gather(INDICES)
+    assert (found.indices == expected.indices).float().mean() > 0.9  # bfloat16 has ties
+    torch.testing.assert_close(found.log_probs.float(), expected.log_probs, rtol=0.02, atol=0.03)
+    kept = float(stored.describe().split("targets, ")[1].split("%")[0]) / 100
+    assert kept == pytest.approx(compute_mass(expected).mean().item(), abs=0.1)
+
+
+def test_all_top_targets_give_the_loss_of_the_online_teacher(
+    teacher: CvmTransformer, dataset: DistillationDataset, tmp_path: Path
+) -> None:
+    stored = TeacherTopTargets(tmp_path, teacher, "a" * 64, dataset, k=VOCAB, temperature=1.5)
+    fill(stored, teacher)
+    batch, student, loss = dataset.batch(INDICES), make_model(16, 2), DistillationLoss(1.5, 1.0, 0.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        online, read = (
+            DistillationObjective(student, loss, teacher, given)(batch, batch.num_tokens).total.item()
+            for given in (None, stored)
+        )
+    assert read == pytest.approx(online, rel=5e-3)

@@ -23,10 +23,10 @@ class NativeRuntime(Runtime):
         loaded = load_model(path, settings.device)
         self._model, self.tokenizer = loaded.model, loaded.tokenizer
         if settings.precision != "float32":
-            if loaded.config["number_format"] != "float32":
+            if (held := loaded.config["number_format"]) != "float32":
                 raise ModelError(
-                    f"{find_model_folder(path)} is {loaded.config['number_format']}, which computes in its own precision:"
-                    " name the float model (in a run: student/float) or leave --precision out"
+                    f"{find_model_folder(path)} is {held}, which computes in its own precision: name the float model"
+                    " (in a run: student/float) or leave --precision out"
                 )
             self._model.to(getattr(torch, settings.precision))
         self.facts = {
