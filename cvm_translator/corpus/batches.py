@@ -81,6 +81,10 @@ class BatchSchedule:
         self._cursor += 1
         return batch
 
+    def peek(self) -> NDArray[np.int64] | None:
+        """What `next` will return, unless that is in another epoch."""
+        return self._batches[self._cursor] if self._cursor < len(self._batches) else None
+
     def change_stream(self, stream: int) -> None:
         """Go on with the epochs of another stream, from its beginning."""
         self._stream, self._epoch, self._cursor = stream, 0, 0

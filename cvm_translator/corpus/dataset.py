@@ -49,6 +49,10 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> Batch:
+        """The same in memory from which a CUDA device copies beside other work."""
+        return self._map(torch.Tensor.pin_memory)
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         src, src_mask, tgt_in, tgt_out = map(change, (self.src, self.src_mask, self.tgt_in, self.tgt_out))
         return Batch(src, src_mask, tgt_in, tgt_out, self.num_source_tokens, self.num_tokens, self.indices)

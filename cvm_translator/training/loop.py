@@ -18,6 +18,7 @@ from typing import Any
 
 from cvm_translator.checkpoints.folder import LoadedCheckpoint
 from cvm_translator.checkpoints.store import checkpoint_name
+from cvm_translator.corpus.prefetch import BatchFeed
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.training.faults import active_faults, learning_rate_factor
 from cvm_translator.training.guard import DecisionFile, choose_action, max_executed_steps, next_recipe
@@ -50,9 +51,14 @@ class TrainingLoop:
         self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations, peak)
         self.is_paused = False
         self._saved_executed_steps: int | None = None
+        self._feed: BatchFeed  # while `run` runs
 
     def run(self) -> LoopOutcome:
         """Train to the end, resuming from the newest valid checkpoint if there is one. Raises Stopped."""
+        with BatchFeed(self.setup.dataset, self.setup.batches, self.setup.device) as self._feed:
+            return self._run()
+
+    def _run(self) -> LoopOutcome:
         setup = self.setup
         setup.store.protect(START)
         if not self._resume():
@@ -110,12 +116,12 @@ class TrainingLoop:
         learning_rate *= learning_rate_factor(faults)
         setup.model.train()
         setup.prepare(setup.model, setup.widths.training_bits(step, state.width_index))
-        batch = setup.dataset.batch(setup.batches.next())
+        batch = self._feed.next()
         result = train_step(
             setup.model,
             setup.objective,
             self.optimizer,
-            batch.to(setup.device),
+            batch,
             setup.settings,
             self.spikes,
             learning_rate=learning_rate,
