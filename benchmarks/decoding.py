@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks import common, evidence
 from benchmarks.common import BenchmarkError
+from cvm_translator.config import load_config
 from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.records import Pair
 from cvm_translator.metrics import MetricOptions, build_metrics
@@ -177,12 +178,17 @@ def find_folder(system: System, layout: RunLayout, work: Path) -> Path:
     folder = work / f"{system.runtime}_{system.quantization}{suffix}"
     if not folder.exists():
         print(f"exporting {folder}", flush=True)
-        model = layout.teacher / "model" if system.is_teacher else layout.student
+        model = find_teacher(layout) if system.is_teacher else layout.student
         request = ExportRequest(
             model, system.runtime, folder, system.quantization, vocabulary_map=system.vocabulary_map
         )
         export_model(request, lambda line: None)
     return folder
+
+
+def find_teacher(layout: RunLayout) -> Path:
+    """The folder of a run's teacher, trained there or named in its config."""
+    return load_config(layout.config).teacher.path or layout.teacher / "model"
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

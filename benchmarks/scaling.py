@@ -7,7 +7,8 @@ command to its first distillation step, its time a step with what handing out ba
 
     python -m benchmarks.scaling --run my_run --work /big/disk/scaling --sizes 10000 1000000
 
-Sizes that are measured already in --work are not measured again. 10,000,000 pairs need about 10 GB of disk.
+Sizes that are measured already in --work are not measured again; after a change of the code, give another.
+10,000,000 pairs need about 10 GB of disk.
 """
 
 from __future__ import annotations

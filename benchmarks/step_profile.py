@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,26 @@ IMAGE = common.REPOSITORY / "docs" / "images" / "training_step.png"
 MATRIX_PRODUCTS = "matrix products"
 GROUPS = {
     MATRIX_PRODUCTS: ("mm", "addmm", "bmm", "baddbmm", "mkldnn", "matmul", "linear"),
-    "optimizer": ("fused_adam", "foreach"),
-    "softmax": ("softmax", "logsumexp"),
-    "layer norm": ("layer_norm",),
-    "dropout": ("dropout", "bernoulli"),
-    "copies and casts": ("copy_", "to_copy", "clone", "cat", "contiguous", "fill_", "zero_", "zeros", "empty"),
+    "optimizer": ("fused_adamw", "foreach"),
+    "softmax": ("softmax", "log_softmax", "logsumexp"),
+    "layer norm": ("native_layer_norm", "layer_norm"),
+    "dropout": ("native_dropout", "dropout", "bernoulli"),
+    "copies and casts": ("copy", "to", "clone", "cat", "contiguous", "fill", "zero", "zeros", "empty", "stack"),
     "gather and scatter": ("index", "embedding", "gather", "scatter", "select", "slice", "nonzero"),
 }
+"""Names of operations, or what they begin with before an underscore."""
 OTHER = "sums, products, ReLU and the rest"
 BOUNDS = {MATRIX_PRODUCTS: "arithmetic", OTHER: "memory and calls", "gather and scatter": "memory and calls"}
 
 
 def find_group(operation: str) -> str:
     """The group of an operation of the profiler, such as aten::addmm."""
-    name = operation.split("::")[-1].lower()
-    return next((group for group, parts in GROUPS.items() if any(part in name for part in parts)), OTHER)
+    name = operation.split("::")[-1].strip("_")
+
+    def is_of(parts: Sequence[str]) -> bool:
+        return any(name == part or name.startswith(f"{part}_") for part in parts)
+
+    return next((group for group, parts in GROUPS.items() if is_of(parts)), OTHER)
 
 
 def measure(options: Any) -> dict[str, Any]:
@@ -62,7 +68,8 @@ def measure(options: Any) -> dict[str, Any]:
     settings = TrainingConfig(num_iterations=1000, batch_size=problem.batch_size, learning_rate=1e-4)
     optimizer, spikes = build_optimizer(parts.student, settings), SpikeWindow(num_steps=1000, threshold=math.inf)
     order = np.argsort(parts.dataset.lengths[:, 1], kind="stable")
-    batches = [parts.dataset.batch(chosen) for chosen in np.split(order, len(order) // problem.batch_size)]
+    chosen = np.split(order, len(order) // problem.batch_size)
+    batches = [parts.dataset.batch(chosen[place]) for place in np.random.default_rng(5).permutation(len(chosen))]
     parts.student.train()
 
     def step(number: int) -> None:

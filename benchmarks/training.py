@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ def run_ours(
     if has_stored_states and parts.teacher is not None:
         start = time.perf_counter()
         states = TeacherStates(folder, parts.teacher, "benchmark", parts.dataset)
-        states.file.make(parts.teacher, states.build_encoder(parts.teacher), lambda: None)
+        autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+        states.file.make(parts.teacher, states.build_encoder(parts.teacher), autocast, lambda: None)
         figures["states_seconds"] = time.perf_counter() - start
     loss = DistillationLoss(TEMPERATURE, ALPHA if parts.teacher else 0.0, BETA if parts.teacher else 1.0)
     total = problem.num_steps + problem.num_warm_up

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decoding, loss, scaling, teacher_cache, training, validation
+from benchmarks import decoding, loss, scaling, step_profile, teacher_cache, training, validation
 from cvm_translator.corpus.records import Pair
 from cvm_translator.validation.preflight import check_alignment
 
@@ -113,6 +113,26 @@ def test_what_a_run_spent_is_read_from_its_events() -> None:
     assert [bool(found) for found in failures.values()] == [False, False, False, True]
     with pytest.raises(validation.BenchmarkError, match="told its progress only 0 times"):
         validation.measure_stage([], "distil", {"distil": 1.0}, last_step=1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "group"),
+    [
+        ("aten::addmm", step_profile.MATRIX_PRODUCTS),
+        ("mkldnn::_linear_pointwise", step_profile.MATRIX_PRODUCTS),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::_log_softmax_backward_data", "softmax"),
+        ("aten::native_layer_norm_backward", "layer norm"),
+        ("aten::copy_", "copies and casts"),
+        ("aten::_to_copy", "copies and casts"),
+        ("aten::scatter_", "gather and scatter"),
+        ("aten::embedding_dense_backward", "gather and scatter"),
+        ("aten::masked_fill_", step_profile.OTHER),
+        ("aten::add_", step_profile.OTHER),
+    ],
+)
+def test_operations_of_a_step_are_grouped_by_what_they_do(operation: str, group: str) -> None:
+    assert step_profile.find_group(operation) == group
 
 
 def test_the_claims_about_decoding_can_fail() -> None:

@@ -281,10 +281,11 @@ class TeacherConfig(Settings):
     teacher at each step. Done where training multiplies in bfloat16 and visits pairs more than once, within the
     budget."""
     top_k: PositiveInt | None = None
-    """Store the teacher's so many likeliest targets of every token instead of its hidden states: a smaller file, but
-    what they leave of its distribution is lost (at high temperatures much). The share kept is told."""
+    """Store the teacher's so many likeliest targets of every token instead of its hidden states: a smaller file where
+    they are well below half its width, but what they leave of its distribution is lost (at high temperatures much).
+    The share kept is told."""
     states_budget_mib: PositiveInt = 2048
-    """Largest file of what is stored; above it the teacher runs at each step, but with `top_k` it is an error."""
+    """Largest file of stored states; above it the teacher runs at each step. `top_k` has no such limit."""
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> TeacherConfig:
@@ -573,6 +574,12 @@ class RunConfig(Settings):
         """Found now, not when the teacher has been trained for hours."""
         if self.teacher.kind == "train":
             self.student.check_teacher(self.teacher.model)
+        return self
+
+    @model_validator(mode="after")
+    def _faults_reach_the_teacher(self) -> RunConfig:
+        if self.fault_injection and self.teacher.top_k is not None:
+            raise ValueError("fault_injection needs the teacher itself at each step: leave teacher.top_k out")
         return self
 
     def to_plain(self) -> dict[str, Any]:

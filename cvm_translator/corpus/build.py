@@ -69,8 +69,8 @@ def build_corpus(
         report(f"corpus: {', '.join(damaged)} in {directory} missing or damaged, building again")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
-    for left in directory.glob(f"{TEMPORARY_PREFIX}*/"):  # of a build that was killed
-        shutil.rmtree(left)
+    for left in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of a build that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     context = _make_context(config, base_dir, report)
     _fetch_all_packages(config, context)

@@ -1,6 +1,6 @@
 """Pairs as flat token arrays, and batches of them as padded tensors.
 
-Memory: 32 bytes a pair; the token ids of a training set stay in their memory-mapped files, those of a small one take 4
+Memory: 32 bytes a pair. The token ids of a training set stay in their memory-mapped files, those of a small one take 4
 bytes each.
 Layout of a batch (ids: bos 0, pad 1, eos 2): the source ends with eos; the decoder's input starts with eos and its
 expected output ends with eos, so both have one position more than the target has tokens.
@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import EOS_ID, PAD_ID, Tokenizer
 from cvm_translator.corpus.tokens import Side, TokenFiles
+
+ENCODE_CHUNK = 10_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The same in memory from which a CUDA device copies beside other work."""
+        """The same in page-locked memory, from which a CUDA device copies without waiting."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -94,8 +96,12 @@ class DistillationDataset:
         cls, pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int | None = None
     ) -> DistillationDataset:
         """Tokenise pairs; over-long ones are dropped and counted."""
-        sources = tokenizer.encode([pair.source for pair in pairs])
-        return cls(sources, tokenizer.encode([pair.target for pair in pairs]), max_length)
+        sides: tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]] = ([], [])
+        for begin in range(0, len(pairs), ENCODE_CHUNK):
+            chunk = pairs[begin : begin + ENCODE_CHUNK]
+            for rows, texts in zip(sides, zip(*(pair[:2] for pair in chunk), strict=True), strict=True):
+                rows.extend(np.array(ids, dtype=np.int32) for ids in tokenizer.encode(texts))
+        return cls(*sides, max_length)  # type: ignore[arg-type]
 
     @classmethod
     def from_files(cls, files: TokenFiles, max_length: int | None = None) -> DistillationDataset:
@@ -106,7 +112,9 @@ class DistillationDataset:
 
     def _set(self, source: Side, target: Side, max_length: int | None, sha256: str | None) -> None:
         self._source, self._target = source, target
-        lengths = np.stack([source.lengths, target.lengths], axis=1).astype(np.int32)
+        lengths = np.empty((len(source.offsets) - 1, 2), dtype=np.int32)
+        for column, side in enumerate((source, target)):
+            np.subtract(side.offsets[1:], side.offsets[:-1], out=lengths[:, column], casting="same_kind")
         fits = lengths.max(axis=1) < (max_length if max_length is not None else 1 << 30)
         self.kept: NDArray[np.int64] = np.flatnonzero(fits)
         """(N,) places of the kept pairs in the input."""
@@ -166,4 +174,7 @@ def flatten(rows: Sequence[Sequence[int]]) -> Side:
     """Rows of ids as one side."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return Side(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32), offsets)
+    tokens = np.empty(int(offsets[-1]), dtype=np.int32)
+    for index, row in enumerate(rows):
+        tokens[offsets[index] : offsets[index + 1]] = row
+    return Side(tokens, offsets)

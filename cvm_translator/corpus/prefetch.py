@@ -1,4 +1,4 @@
-"""The next batch, padded and moved by another thread while the step that needs this one runs.
+"""The next batch, padded by another thread while the step that needs this one runs.
 
 Guarantees: the schedule is only looked at, never moved ahead: its state is that of the batches handed out, and after a
 change of stream, a rollback or a resume the batch that was made in vain is dropped. An exception of the thread is

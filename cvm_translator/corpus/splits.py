@@ -10,26 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cvm_translator.corpus.records import Pair
-from cvm_translator.corpus.text import hash_key, make_key
 from cvm_translator.errors import CorpusError
 
 Keys = NDArray[np.uint64]
-
-
-def compute_keys(pairs: Sequence[Pair]) -> Keys:
-    """Hashes of the near-duplicate keys of both sides, (N, 2)."""
-    keys = np.empty((len(pairs), 2), dtype=np.uint64)
-    for index, pair in enumerate(pairs):
-        keys[index, 0] = hash_key(make_key(pair.source))
-        keys[index, 1] = hash_key(make_key(pair.target))
-    return keys
 
 
 def find_shared(keys: Keys, others: Keys) -> NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 The folder holds the ids of each side one sentence after the other (two bytes an id where the vocabulary allows it), the
 number of ids of each sentence, and manifest.json, which is written last and names the split's and the tokenizer's hash
-and that of each file. A start reads the files once to verify them and keeps none of them in memory.
+and that of each file. Whoever opens them reads them once to verify them and keeps but the sentences' places in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cvm_translator.corpus.parallel import map_in_order
 from cvm_translator.corpus.split_file import SplitFile, parse_line
 from cvm_translator.corpus.tokenizer import Tokenizer
-from cvm_translator.runs.atomic import new_folder, read_json, sha256_file, sha256_json, write_json
+from cvm_translator.runs.atomic import TEMPORARY_PREFIX, new_folder, read_json, sha256_file, sha256_json, write_json
 
 CHUNK_PAIRS = 20_000
 SIDES = ("source", "target")
@@ -61,7 +61,8 @@ def obtain_tokens(split: SplitFile, tokenizer: Tokenizer, directory: Path) -> To
     inputs = {"split": split.sha256, "tokenizer": tokenizer.sha256, "format_version": FORMAT_VERSION}
     hashes = _read_hashes(directory, inputs)
     if hashes is None:
-        shutil.rmtree(directory, ignore_errors=True)
+        for left in (directory, *directory.parent.glob(f"{TEMPORARY_PREFIX}{directory.name}-*")):
+            shutil.rmtree(left, ignore_errors=True)
         with new_folder(directory) as folder:
             hashes = _write(split, tokenizer, folder)
             write_json(folder / "manifest.json", {"inputs": inputs, "files": hashes})

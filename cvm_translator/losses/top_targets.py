@@ -44,8 +44,3 @@ def find_top_targets(logits: Tensor, temperature: float, k: int) -> TopTargets:
     """The k likeliest targets of logits (N, V) at a temperature."""
     log_probs, indices = (logits.float() / temperature).log_softmax(-1).topk(min(k, logits.shape[1]), dim=-1)
     return TopTargets(indices, log_probs)
-
-
-def compute_mass(targets: TopTargets) -> Tensor:
-    """(N,) how much of the teacher's distribution the known targets are."""
-    return torch.exp(targets.log_probs.float()).sum(-1)

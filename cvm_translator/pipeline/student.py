@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.tokenizer import Tokenizer
-from cvm_translator.errors import ConfigError
 from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.initialization import init_from_teacher, init_random
 from cvm_translator.models.transformer import CvmTransformer
@@ -35,7 +35,7 @@ from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
 from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
-from cvm_translator.training.device import uses_bfloat16
+from cvm_translator.training.device import build_autocast, uses_bfloat16
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.resume import delivered_weights
@@ -162,19 +162,19 @@ def choose_stored(
     if settings.alpha == 0 or not config.store_states or context.config.fault_injection:
         return None
     given = (states_directory(context), teacher.model, teacher.sha256, dataset)
-    stored: StoredTeacher
+    is_rounded = uses_bfloat16(settings.precision, context.device)
     if config.top_k is not None:
-        stored = TeacherTopTargets(*given, config.top_k, settings.temperature)
-    elif num_epochs > 1.5 and uses_bfloat16(settings.precision, context.device):
-        stored = TeacherStates(*given)
-    else:
+        precision = "bfloat16" if is_rounded else "float32"
+        return TeacherTopTargets(*given, config.top_k, settings.temperature, precision)
+    if num_epochs <= 1.5 or not is_rounded:
         return None
+    stored = TeacherStates(*given)
     if stored.file.num_bytes <= config.states_budget_mib * 2**20:
         return stored
-    size = f"{stored.file.num_bytes / 2**20:,.0f} MiB, over teacher.states_budget_mib {config.states_budget_mib}"
-    if config.top_k is not None:
-        raise ConfigError(f"teacher.top_k {config.top_k} would take {size}: raise the budget or lower top_k")
-    context.note(f"teacher states would take {size}: the teacher runs at each step")
+    context.note(
+        f"teacher states would take {stored.file.num_bytes / 2**20:,.0f} MiB, over teacher.states_budget_mib"
+        f" {config.states_budget_mib}: the teacher runs at each step"
+    )
     return None
 
 
@@ -192,7 +192,8 @@ def fill_stored(context: RunContext, teacher: Teacher, dataset: DistillationData
     """Compute what is stored unless it is there already."""
     start, was_there = time.monotonic(), stored.file.exists()
     if not was_there:
-        stored.file.make(teacher.model, stored.build_encoder(teacher.model), context.go_on)
+        autocast = partial(build_autocast, context.config.distillation.precision, context.device)
+        stored.file.make(teacher.model, stored.build_encoder(teacher.model), autocast, context.go_on)
     how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"
     context.note(f"{stored.describe()} of {len(dataset):,} pairs, {stored.file.num_bytes / 2**20:,.0f} MiB: {how}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ BUILD_BATCH_SIZE = 64
 
 Encode = Callable[[torch.Tensor], NDArray[Any]]
 """The teacher's hidden states (N, D) at real targets in, N records out."""
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class RowFile:
@@ -53,9 +55,11 @@ class RowFile:
     def exists(self) -> bool:
         return self.path.exists() and self.path.stat().st_size == self.num_bytes
 
-    def make(self, teacher: CvmTransformer, encode: Encode, should_stop: Callable[[], None]) -> None:
-        """Compute all records; `should_stop` is called between batches and may raise to leave."""
-        atomic.write_stream(self.path, lambda stream: self._compute(teacher, encode, stream, should_stop))
+    def make(
+        self, teacher: CvmTransformer, encode: Encode, autocast: Autocast, should_stop: Callable[[], None]
+    ) -> None:
+        """Compute all records, each batch under `autocast()`; `should_stop` is called before each and may raise."""
+        atomic.write_stream(self.path, lambda stream: self._compute(teacher, encode, autocast, should_stop, stream))
 
     @cached_property
     def rows(self) -> NDArray[Any]:
@@ -68,7 +72,12 @@ class RowFile:
 
     @torch.inference_mode()
     def _compute(
-        self, teacher: CvmTransformer, encode: Encode, stream: BinaryIO, should_stop: Callable[[], None]
+        self,
+        teacher: CvmTransformer,
+        encode: Encode,
+        autocast: Autocast,
+        should_stop: Callable[[], None],
+        stream: BinaryIO,
     ) -> None:
         """Write the records batch by batch, sentences of like length together, each to its own place."""
         device = teacher.positions.device
@@ -78,7 +87,7 @@ class RowFile:
             should_stop()
             indices = order[start : start + BUILD_BATCH_SIZE]
             batch = self._dataset.batch(indices).to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
+            with autocast():
                 hidden, _ = teacher(batch.src, batch.src_mask, batch.tgt_in)
                 records = encode(hidden.flatten(0, 1)[(batch.tgt_out != PAD_ID).flatten()])
             first = 0

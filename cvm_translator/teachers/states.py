@@ -6,7 +6,7 @@ forward. Under bfloat16 autocast the online teacher rounds the same states to bf
 is lost but the order of sums within a padded batch.
 
 `TeacherTopTargets`: the k likeliest targets of each token with their log-probabilities at one temperature, in half
-precision; for teachers whose states are not to be had, or are too large. What they leave of the distribution is lost.
+precision: a smaller file where k is well below D. What they leave of the distribution is lost.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ class TeacherTopTargets:
         dataset: DistillationDataset,
         k: int,
         temperature: float,
+        precision: str,
     ) -> None:
+        """`precision` names what the teacher computes in: targets of another one are others."""
         self._k, self._temperature = min(k, teacher.vocab_size), temperature
         index = np.uint16 if teacher.vocab_size <= 1 << 16 else np.int32
         record = np.dtype([("indices", index, (self._k,)), ("log_probs", np.float16, (self._k,))])
         self._record = record
-        self.file = RowFile(directory, f"top-at-{temperature:g}", record, sha256, dataset)
+        self.file = RowFile(directory, f"top-at-{temperature:g}-{precision}", record, sha256, dataset)
 
     def build_encoder(self, teacher: CvmTransformer) -> Encode:
         matrix = teacher.embedding.matrix()

@@ -7,7 +7,7 @@ of the uncut batch, whatever the micro-batches' token counts are.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,6 +21,16 @@ from cvm_translator.teachers.states import StoredTeacher, TeacherStates
 def find_real_targets(batch: Batch) -> torch.Tensor:
     """(N,) places of the real target tokens in the flattened (B, T) batch."""
     return (batch.tgt_out != PAD_ID).flatten().nonzero().squeeze(1)
+
+
+class _Known(NamedTuple):
+    """What the loss takes of the teacher at N real targets: two tensors, or the third, or nothing."""
+
+    hidden: torch.Tensor | None = None
+    """(N, D)"""
+    matrix: torch.Tensor | None = None
+    """(V, D)"""
+    top_targets: TopTargets | None = None
 
 
 class Objective(Protocol):
@@ -58,21 +68,27 @@ class DistillationObjective:
         targets = batch.tgt_out.flatten()[real]
         hidden, matrix = self.student(batch.src, batch.src_mask, batch.tgt_in)  # (B, T, D), (V, D)
         selected = hidden.flatten(0, 1)[real]  # (N, D)
-        known: dict[str, torch.Tensor | TopTargets] = self._ask_teacher(batch, real)
-        return self.loss(selected, matrix, targets, num_tokens=num_tokens, **known)  # type: ignore[arg-type]
+        known = self._ask_teacher(batch, real)
+        return self.loss(
+            selected,
+            matrix,
+            targets,
+            num_tokens=num_tokens,
+            teacher_hidden=known.hidden,
+            teacher_matrix=known.matrix,
+            top_targets=known.top_targets,
+        )
 
     @torch.no_grad()
-    def _ask_teacher(self, batch: Batch, real: torch.Tensor) -> dict[str, torch.Tensor | TopTargets]:
-        """What the loss takes of the teacher: states (N, D) at the real targets and matrix (V, D), or top targets."""
+    def _ask_teacher(self, batch: Batch, real: torch.Tensor) -> _Known:
         if self.teacher is None:
-            return {}
+            return _Known()
         device = batch.src.device
         if self.stored is not None and not isinstance(self.stored, TeacherStates):
-            return {"top_targets": self.stored.gather(batch.indices).to(device)}
+            return _Known(top_targets=self.stored.gather(batch.indices).to(device))
         if self.stored is not None:
             hidden, matrix = self.stored.gather(batch.indices).to(device), self.teacher.embedding.matrix()
         else:
             hidden, matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)
             hidden = hidden.flatten(0, 1)[real]
-        matrix = matrix.roll(self.teacher_shift, 0) if self.teacher_shift else matrix
-        return {"teacher_hidden": hidden, "teacher_matrix": matrix}
+        return _Known(hidden, matrix.roll(self.teacher_shift, 0) if self.teacher_shift else matrix)

@@ -62,29 +62,29 @@ class _Pairs:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
-        self._features: dict[tuple[int, int], tuple[frozenset[str], float]] = {}
+        self._anchors: dict[tuple[int, int], frozenset[str]] = {}
         self.sample = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), MAX_SAMPLED_PAIRS)).astype(np.int64))
         """Places of pairs all over the corpus."""
-        self.source_lengths = self._lengths(0, self.sample)
-        self.target_lengths = self._lengths(1, self.sample)
+        self.source_lengths, self.target_lengths = (self._lengths(side, self.sample) for side in (0, 1))
         self.usual_ratio = float(np.median(self.target_lengths - self.source_lengths))
 
-    def _feature(self, side: int, index: int) -> tuple[frozenset[str], float]:
-        """Anchors and logarithmic length of a text."""
-        if (side, index) not in self._features:
-            pair = self._pairs[index]
-            for place, text in enumerate((pair.source, pair.target)):
-                self._features[place, index] = find_anchors(text), math.log(len(text) + 3.0)
-        return self._features[side, index]
-
     def _lengths(self, side: int, places: np.ndarray) -> FloatArray:
-        return np.array([self._feature(side, index)[1] for index in places.tolist()], dtype=np.float64)
+        return np.log([len(self._pairs[index][side]) + 3.0 for index in places.tolist()])
+
+    def _find_anchors(self, side: int, index: int) -> frozenset[str]:
+        if (side, index) not in self._anchors:
+            self._anchors[side, index] = find_anchors(self._pairs[index][side])
+        return self._anchors[side, index]
+
+    def forget(self) -> None:
+        """Of the texts read so far."""
+        self._anchors.clear()
 
     def likeness(self, rows: np.ndarray, columns: np.ndarray) -> FloatArray:
         differences = self._lengths(1, columns) - self._lengths(0, rows) - self.usual_ratio
         shared = []
         for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-            mine, theirs = self._feature(0, row)[0], self._feature(1, column)[0]
+            mine, theirs = self._find_anchors(0, row), self._find_anchors(1, column)
             shared.append(len(mine & theirs) / max(1, min(len(mine), len(theirs))))
         return np.asarray(0.5 * np.exp(-2.0 * np.abs(differences)) + 0.5 * np.asarray(shared), dtype=np.float64)
 
@@ -127,6 +127,7 @@ def check_alignment(corpus: Sequence[Pair], name: str = "corpus.train") -> None:
     for start in starts[::step]:
         stop = total if start + 1.5 * BLOCK_PAIRS > total else start + BLOCK_PAIRS
         offset = _find_shift(pairs, start, stop, total)
+        pairs.forget()
         if offset:
             shifted.append((start, stop, offset))
     if shifted:

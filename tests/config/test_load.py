@@ -125,6 +125,8 @@ REFUSED_KEYWORDS = [
     ({"corpus": {"train": [{"format": "gettext", "packages": [BAD_SUM]}]}}, "sha256: String should match pattern"),
     ({"fault_injection": [{"kind": "flood", "from_step": 1}]}, "fault_injection.0.kind"),
     ({"guard": 3}, "guard: "),
+    ({"teacher": {"top_k": 8, "store_states": False}}, "teacher.top_k is what is stored: leave store_states true"),
+    ({"teacher": {"top_k": 8}, "fault_injection": [{"kind": "nan_loss", "from_step": 1}]}, "leave teacher.top_k out"),
 ]  # fmt: skip
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import polib
 import pytest
+from numpy.typing import NDArray
 
 from cvm_translator.config.schema import GettextPackage
 from cvm_translator.corpus.readers import ReaderContext
+from cvm_translator.corpus.records import Pair
+from cvm_translator.corpus.text import hash_key, make_key
 
 COLOURS = ["rote", "blaue", "grüne", "gelbe", "schwarze", "weiße", "graue", "braune"]
 COLOURS_EN = ["red", "blue", "green", "yellow", "black", "white", "grey", "brown"]
@@ -99,3 +103,9 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
+
+
+def compute_keys(pairs: Sequence[Pair]) -> NDArray[np.uint64]:
+    """Hashes of the near-duplicate keys of both sides, (N, 2)."""
+    keys = [[hash_key(make_key(pair.source)), hash_key(make_key(pair.target))] for pair in pairs]
+    return np.array(keys, dtype=np.uint64).reshape(-1, 2)

@@ -13,10 +13,11 @@ import pytest
 from cvm_translator.config.default_corpus import DEFAULT_CORPUS
 from cvm_translator.config.schema import CorpusConfig
 from cvm_translator.corpus.build import CorpusSummary, build_corpus, load_split
-from cvm_translator.corpus.splits import check_disjoint, compute_keys
+from cvm_translator.corpus.parallel import map_in_order
+from cvm_translator.corpus.splits import check_disjoint
 from cvm_translator.errors import CorpusError
 
-from .conftest import make_mo_bytes, make_po, make_sentences, write_tsv, write_wheel
+from .conftest import compute_keys, make_mo_bytes, make_po, make_sentences, write_tsv, write_wheel
 
 Build = Callable[..., CorpusSummary]
 TRAIN = [{"format": "tsv", "path": "train.tsv"}]
@@ -67,10 +68,11 @@ def test_without_a_manifest_it_is_built_again(tmp_path: Path, build: Build) -> N
     first = build()
     (tmp_path / "corpus" / "manifest.json").unlink()
     (tmp_path / "corpus" / ".tmp-of-a-killed-build").mkdir()
+    (tmp_path / "corpus" / ".tmp-train.tsv-of-a-killed-build").touch()
     with pytest.raises(CorpusError, match=r"no manifest\.json"):
         load_split(tmp_path / "corpus", "train")
     assert build().sha256 == first.sha256
-    assert not (tmp_path / "corpus" / ".tmp-of-a-killed-build").exists()
+    assert not list((tmp_path / "corpus").glob(".tmp*"))
 
 
 def test_changed_inputs_are_refused_by_name(tmp_path: Path, build: Build) -> None:
@@ -131,15 +133,39 @@ def test_near_duplicates_are_counted_for_the_source_that_repeats(tmp_path: Path,
     assert [source["num_kept"] for source in filters["sources"]] == [200, 0]
 
 
-def test_chunks_and_processes_change_nothing(tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tsv(tmp_path / "train.tsv", [*make_sentences(230), ("Gleich", "Gleich"), *make_sentences(3)])
-    with open(tmp_path / "train.tsv", "ab") as stream:
-        stream.write(b"kein Tabulator\n")
-    whole = build()
-    files = {name: (tmp_path / "corpus" / name).read_bytes() for name in OUTPUTS}
+def test_neither_chunks_nor_processes_nor_versions_change_the_bytes(
+    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentences = make_sentences(300)
+    extra = [sentences[3], ("Gleich", "Gleich"), ("Die rote Datei FEHLT!", "The red file is missing")]
+    write_tsv(tmp_path / "train.tsv", [*sentences[:200], *extra])
+    rows = [json.dumps({"source": source, "target": target}) for source, target in sentences[150:280]]
+    (tmp_path / "more.jsonl").write_text("\n".join(rows) + "\nkein JSON\n", encoding="utf-8")
+    write_tsv(tmp_path / "unseen.tsv", [*sentences[270:300], ("Der Hund bellt laut", "The dog barks loudly")])
+    sources: dict[str, Any] = {
+        "train": [*TRAIN, {"format": "jsonl", "path": "more.jsonl"}],
+        "unseen": [{"format": "tsv", "path": "unseen.tsv"}],
+        "unseen_size": 5,
+    }
+    summary = build(**sources)
+    assert summary.sizes == {"train": 230, "validation": 20, "test": 30, "unseen": 5}
+    assert summary.filters == {
+        "identical": 1,
+        "exact_duplicate": 51,
+        "near_duplicate": 1,
+        "unseen_shared_with_train": 10,
+    }
+    # of the first version that was released: a corpus that was built with it is still this one
+    assert summary.sha256 == "0400dc12953c3501ff64ad2ca346993cc9b669b6f84bb3e5c97f21d79a39276f"
+    started: list[int] = []
+
+    def map_with_two(function: Any, items: Any) -> Any:
+        started.append(1)
+        return map_in_order(function, items, num_workers=2)
+
     monkeypatch.setattr("cvm_translator.corpus.pool.CHUNK_RECORDS", 50)
-    assert build(rebuild=True).sha256 == whole.sha256
-    assert {name: (tmp_path / "corpus" / name).read_bytes() for name in OUTPUTS} == files
+    monkeypatch.setattr("cvm_translator.corpus.pool.map_in_order", map_with_two)
+    assert build(**sources, rebuild=True).sha256 == summary.sha256 and started
     assert not [path for path in (tmp_path / "corpus").iterdir() if path.name.startswith(".")]
 
 

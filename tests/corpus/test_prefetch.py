@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,24 +43,42 @@ def test_batches_and_state_are_those_of_the_schedule_alone() -> None:
             assert fed.state_dict() == alone.state_dict()
 
 
+class Watched(DistillationDataset):
+    """Remembers who makes each batch; fails from the batch number `fails_from` on."""
+
+    fails_from = 1_000
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        self.threads.append(threading.current_thread().name)
+        if len(self.threads) >= self.fails_from:
+            raise OSError("the disk is gone")
+        return super().batch(indices)
+
+    @functools.cached_property
+    def threads(self) -> list[str]:
+        return []
+
+
 def test_the_next_batch_is_made_by_another_thread_and_its_error_arrives() -> None:
-    threads: list[str] = []
-    failing: list[bool] = []
-
-    class Watched(DistillationDataset):
-        def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
-            threads.append(threading.current_thread().name)
-            if failing:
-                raise OSError("the disk is gone")
-            return super().batch(indices)
-
     dataset = Watched([[5]] * 20, [[6]] * 20)
+    dataset.fails_from = 3
     with BatchFeed(dataset, BatchSchedule(dataset.lengths, 4, seed=3), torch.device("cpu")) as feed:
-        for _ in range(3):
-            feed.next()
-    assert threads[0] == threading.current_thread().name
-    assert len(threads) >= 3 and all(name.startswith("batches") for name in threads[1:])
-    with BatchFeed(dataset, BatchSchedule(dataset.lengths, 4, seed=3), torch.device("cpu")) as feed:
-        failing.append(True)
+        feed.next()
+        feed.next()
         with pytest.raises(OSError, match="the disk is gone"):
             feed.next()
+    assert dataset.threads[0] == threading.current_thread().name
+    assert all(name.startswith("batches") for name in dataset.threads[1:3])
+
+
+def test_an_error_of_a_batch_that_nobody_asks_for_is_dropped() -> None:
+    dataset = Watched([[5]] * 20, [[6]] * 20)
+    schedule = BatchSchedule(dataset.lengths, 4, seed=3)
+    dataset.fails_from = 2
+    with BatchFeed(dataset, schedule, torch.device("cpu")) as feed:
+        feed.next()
+        while len(dataset.threads) < 2:  # the second is on its way
+            time.sleep(0.001)
+        dataset.fails_from = 1_000
+        schedule.change_stream(4)
+        assert feed.next().indices.tolist() == BatchSchedule(dataset.lengths, 4, seed=3, stream=4).next().tolist()

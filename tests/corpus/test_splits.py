@@ -13,13 +13,14 @@ from cvm_translator.corpus.splits import (
     check_disjoint,
     choose_sample,
     compute_groups,
-    compute_keys,
     draw,
     find_shared,
     hold_out,
 )
 from cvm_translator.corpus.text import make_key
 from cvm_translator.errors import CorpusError
+
+from .conftest import compute_keys
 
 WORDS = st.integers(0, 12).map(lambda number: "abcdefghijklm"[number])
 PAIRS = st.lists(st.tuples(WORDS, WORDS, st.sampled_from(["", "!", " 3", " %s"])), min_size=1, max_size=60)

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from cvm_translator.losses import DistillationLoss, TopTargets, find_top_targets
-from cvm_translator.losses.top_targets import compute_mass
 
 N, D, V, K = 9, 6, 20, 4
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def compute_mass(targets: TopTargets) -> Tensor:
+    """(N,) how much of the teacher's distribution the known targets are."""
+    return targets.log_probs.exp().sum(-1)
 
 
 def merge(log_probs: Tensor, indices: Tensor) -> Tensor:

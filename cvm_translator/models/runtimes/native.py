@@ -13,6 +13,8 @@ from cvm_translator.models.description import WEIGHTS_FILE
 from cvm_translator.models.folder import find_model_folder, load_model
 from cvm_translator.models.runtimes.base import Runtime, RuntimeSettings
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 class NativeRuntime(Runtime):
     """A model folder; of a run's `student` folder, the deployed one (int8, else float)."""
@@ -22,13 +24,15 @@ class NativeRuntime(Runtime):
             torch.set_num_threads(settings.num_threads)
         loaded = load_model(path, settings.device)
         self._model, self.tokenizer = loaded.model, loaded.tokenizer
+        if settings.precision not in PRECISIONS:
+            raise ModelError(f"unknown precision {settings.precision!r}: known are {', '.join(PRECISIONS)}")
         if settings.precision != "float32":
             if (held := loaded.config["number_format"]) != "float32":
                 raise ModelError(
                     f"{find_model_folder(path)} is {held}, which computes in its own precision: name the float model"
                     " (in a run: student/float) or leave --precision out"
                 )
-            self._model.to(getattr(torch, settings.precision))
+            self._model.to(PRECISIONS[settings.precision])
         self.facts = {
             "format": "safetensors",
             "number_format": loaded.config["number_format"],
