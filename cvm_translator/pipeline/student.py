@@ -189,9 +189,12 @@ def check_room_for_stored(context: RunContext, stored: StoredTeacher | None) -> 
 
 
 def fill_stored(context: RunContext, teacher: Teacher, dataset: DistillationDataset, stored: StoredTeacher) -> None:
-    """Compute what is stored unless it is there already."""
-    start, was_there = time.monotonic(), stored.file.exists()
+    """Compute what is stored, unless it is there already and intact."""
+    start, was_there = time.monotonic(), stored.file.is_intact()
     if not was_there:
+        context.note(
+            f"the teacher reads the training pairs once: {stored.file.num_bytes / 2**20:,.0f} MiB to be stored"
+        )
         autocast = partial(build_autocast, context.config.distillation.precision, context.device)
         stored.file.make(teacher.model, stored.build_encoder(teacher.model), autocast, context.go_on)
     how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"

@@ -1,14 +1,17 @@
 """One record for each real target token of a dataset, computed by the frozen teacher once and read back by pair.
 
 The file holds the records of sentence after sentence in the order of the dataset. Guarantees: it is keyed by the
-teacher's weights, the token ids of every pair and what the records are, written whole or not at all, and memory-mapped.
+teacher's weights, the token ids of every pair and what the records are; it has its name only when it is whole, with its
+hash beside it, and is memory-mapped. A computation that was stopped or killed goes on where its last saved batch was.
 Not for data that changes between visits (noise, subword sampling, on-policy targets).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +27,7 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs import atomic
 
 BUILD_BATCH_SIZE = 64
+SAVE_EVERY_BATCHES = 500
 
 Encode = Callable[[torch.Tensor], NDArray[Any]]
 """The teacher's hidden states (N, D) at real targets in, N records out."""
@@ -53,13 +57,50 @@ class RowFile:
         return self.num_rows * self._record.itemsize
 
     def exists(self) -> bool:
-        return self.path.exists() and self.path.stat().st_size == self.num_bytes
+        """Whether a whole file is there; what is in it is only known to `is_intact`."""
+        return self.path.exists() and self._manifest.exists() and self.path.stat().st_size == self.num_bytes
+
+    def is_intact(self) -> bool:
+        """Whether it is there and as it was written; reads all of it."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return self.exists() and bool(atomic.read_json(self._manifest)["sha256"] == atomic.sha256_file(self.path))
+        return False
 
     def make(
         self, teacher: CvmTransformer, encode: Encode, autocast: Autocast, should_stop: Callable[[], None]
     ) -> None:
-        """Compute all records, each batch under `autocast()`; `should_stop` is called before each and may raise."""
-        atomic.write_stream(self.path, lambda stream: self._compute(teacher, encode, autocast, should_stop, stream))
+        """Compute all records that are missing, each batch under `autocast()`; `should_stop` may raise before each."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part, progress = (self.path.with_name(self.path.name + end) for end in (".part", ".progress.json"))
+        num_done = self._read_progress(part, progress)
+        with open(part, "r+b" if num_done else "w+b") as stream:
+            stream.truncate(self.num_bytes)
+            try:
+                for number, indices in enumerate(self._batches()):
+                    if number < num_done:
+                        continue
+                    should_stop()
+                    self._compute(teacher, encode, autocast, stream, indices)
+                    num_done = number + 1
+                    if num_done % SAVE_EVERY_BATCHES == 0:
+                        _save_progress(stream, progress, num_done)
+            finally:
+                _save_progress(stream, progress, num_done)
+        atomic.write_json(self._manifest, {"sha256": atomic.sha256_file(part)})
+        os.replace(part, self.path)
+        atomic.fsync_directory(self.path.parent)
+        progress.unlink()
+
+    @property
+    def _manifest(self) -> Path:
+        return self.path.with_name(self.path.name + ".json")
+
+    def _read_progress(self, part: Path, progress: Path) -> int:
+        """Batches that are safely in the unfinished file."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if part.stat().st_size == self.num_bytes:
+                return int(atomic.read_json(progress)["num_batches"])
+        return 0
 
     @cached_property
     def rows(self) -> NDArray[Any]:
@@ -70,29 +111,37 @@ class RowFile:
         """The records of the real target tokens of the pairs, in the order of a flattened batch."""
         return np.concatenate([self.rows[self._offsets[i] : self._offsets[i + 1]] for i in indices])
 
+    def _batches(self) -> Iterator[NDArray[np.int64]]:
+        """All pairs, those of like length together; always in the same order."""
+        order = np.argsort(self._dataset.lengths.sum(axis=1), kind="stable")
+        for start in range(0, len(order), BUILD_BATCH_SIZE):
+            yield order[start : start + BUILD_BATCH_SIZE]
+
     @torch.inference_mode()
     def _compute(
         self,
         teacher: CvmTransformer,
         encode: Encode,
         autocast: Autocast,
-        should_stop: Callable[[], None],
         stream: BinaryIO,
+        indices: NDArray[np.int64],
     ) -> None:
-        """Write the records batch by batch, sentences of like length together, each to its own place."""
-        device = teacher.positions.device
-        order = np.argsort(self._dataset.lengths.sum(axis=1), kind="stable")
+        """Write the records of some pairs, each to its own place."""
+        batch = self._dataset.batch(indices).to(teacher.positions.device)
         teacher.eval()
-        for start in range(0, len(order), BUILD_BATCH_SIZE):
-            should_stop()
-            indices = order[start : start + BUILD_BATCH_SIZE]
-            batch = self._dataset.batch(indices).to(device)
-            with autocast():
-                hidden, _ = teacher(batch.src, batch.src_mask, batch.tgt_in)
-                records = encode(hidden.flatten(0, 1)[(batch.tgt_out != PAD_ID).flatten()])
-            first = 0
-            for index in indices:
-                count = int(self._offsets[index + 1] - self._offsets[index])
-                stream.seek(int(self._offsets[index]) * self._record.itemsize)
-                stream.write(records[first : first + count].tobytes())
-                first += count
+        with autocast():
+            hidden, _ = teacher(batch.src, batch.src_mask, batch.tgt_in)
+            records = encode(hidden.flatten(0, 1)[(batch.tgt_out != PAD_ID).flatten()])
+        first = 0
+        for index in indices:
+            count = int(self._offsets[index + 1] - self._offsets[index])
+            stream.seek(int(self._offsets[index]) * self._record.itemsize)
+            stream.write(records[first : first + count].tobytes())
+            first += count
+
+
+def _save_progress(stream: BinaryIO, progress: Path, num_batches: int) -> None:
+    """Say how many batches are in the file, once they are on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    atomic.write_json(progress, {"num_batches": num_batches})

@@ -50,6 +50,7 @@ def test_states_that_are_not_there_yet_need_room(tmp_path: Path, dataset: Distil
     assert check_room_for_stored(context, stored) == needed
     stored.file.path.parent.mkdir(parents=True)
     stored.file.path.write_bytes(b"\0" * needed)
+    stored.file.path.with_name(stored.file.path.name + ".json").write_text("{}")
     assert check_room_for_stored(context, stored) == 0
 
 

@@ -18,6 +18,7 @@ from cvm_translator.losses import find_top_targets
 from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.initialization import init_random
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.teachers import rows
 from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
 from cvm_translator.training.objectives import DistillationObjective, find_real_targets
 
@@ -63,7 +64,7 @@ def fill(
     autocast: Callable[[], Any] = BFLOAT16,
 ) -> bool:
     """Whether it was there already."""
-    was_there = stored.file.exists()
+    was_there = stored.file.is_intact()
     if not was_there:
         stored.file.make(teacher, stored.build_encoder(teacher), autocast, should_stop)
     return was_there
@@ -143,7 +144,8 @@ def test_a_file_is_reused_only_for_the_same_teacher_and_pairs(
         return fill(TeacherStates(tmp_path, teacher, sha256, pairs), teacher)
 
     assert not fill_again("a" * 64, dataset)
-    (path,) = tmp_path.iterdir()
+    path = TeacherStates(tmp_path, teacher, "a" * 64, dataset).file.path
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.json"}
     num_tokens = int((dataset.lengths[:, 1] + 1).sum())
     assert path.stat().st_size == num_tokens * teacher.config.dim * 2
     written = path.read_bytes()
@@ -151,22 +153,52 @@ def test_a_file_is_reused_only_for_the_same_teacher_and_pairs(
     other_pairs = DistillationDataset([dataset[i][0] for i in range(169)], [dataset[i][1] for i in range(169)])  # type: ignore[misc]
     assert not fill_again("a" * 64, other_pairs)
     assert not fill_again("b" * 64, dataset)
-    path.write_bytes(written[:-2])  # torn
-    assert not fill_again("a" * 64, dataset)
-    assert path.read_bytes() == written
+    damaged = bytearray(written)
+    damaged[100] ^= 1
+    for content in (written[:-2], bytes(damaged)):  # torn, and with one flipped bit
+        path.write_bytes(content)
+        assert not fill_again("a" * 64, dataset)
+        assert path.read_bytes() == written
 
 
-def test_a_stop_leaves_nothing_half_made(teacher: CvmTransformer, dataset: DistillationDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_every", [2, 1000])
+def test_a_computation_that_was_stopped_goes_on_where_it_was(
+    save_every: int,
+    teacher: CvmTransformer,
+    dataset: DistillationDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rows, "BUILD_BATCH_SIZE", 10)
+    monkeypatch.setattr(rows, "SAVE_EVERY_BATCHES", save_every)
+    whole = TeacherStates(tmp_path / "whole", teacher, "a" * 64, dataset)
+    fill(whole, teacher)
+    stored = TeacherStates(tmp_path / "stopped", teacher, "a" * 64, dataset)
     calls: list[None] = []
 
-    def should_stop() -> None:
+    def stop_at_the_sixth() -> None:
         calls.append(None)
-        if len(calls) == 2:
+        if len(calls) == 6:
             raise Stopped(15)
 
     with pytest.raises(Stopped):
-        fill(TeacherStates(tmp_path, teacher, "a" * 64, dataset), teacher, should_stop)
-    assert list(tmp_path.iterdir()) == []
+        fill(stored, teacher, stop_at_the_sixth)
+    assert not stored.file.exists()
+    assert not fill(stored, teacher, lambda: calls.append(None))
+    assert len(calls) == 6 + 17 - 5  # five of seventeen batches were there
+    assert stored.file.path.read_bytes() == whole.file.path.read_bytes()
+    assert len(list(stored.file.path.parent.iterdir())) == 2
+
+
+def test_progress_without_its_file_counts_nothing(
+    teacher: CvmTransformer, dataset: DistillationDataset, tmp_path: Path
+) -> None:
+    stored = TeacherStates(tmp_path, teacher, "a" * 64, dataset)
+    stored.file.path.with_name(stored.file.path.name + ".progress.json").write_text('{"num_batches": 2}')
+    fill(stored, teacher)
+    expected = TeacherStates(tmp_path / "other", teacher, "a" * 64, dataset)
+    fill(expected, teacher)
+    assert stored.file.path.read_bytes() == expected.file.path.read_bytes()
 
 
 def test_top_targets_are_those_of_the_online_teacher(
