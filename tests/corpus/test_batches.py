@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -69,6 +70,14 @@ def test_batches_are_bucketed_by_length_and_the_buckets_shuffled() -> None:
     assert longest != sorted(longest)
 
 
+def test_the_order_stays_what_it_was() -> None:
+    """A run that was begun with an older version sees the same sentences at the same steps."""
+    schedule = BatchSchedule(make_lengths(1000), 8, seed=5, stream=1)
+    drawn = [index for _ in range(300) for index in schedule.next().tolist()]
+    assert hashlib.sha256(np.array(drawn, dtype=np.int64).tobytes()).hexdigest()[:16] == "8c8204ee6f28c45e"
+    assert set(schedule.state_dict()) == {"seed", "stream", "epoch", "cursor", "num_sentences", "batch_size"}
+
+
 def make_text_lengths(count: int) -> np.ndarray:
     """Sources of many lengths, mostly short, and targets that are about as long."""
     generator = np.random.default_rng(4)
@@ -76,10 +85,12 @@ def make_text_lengths(count: int) -> np.ndarray:
     return np.stack([sources, np.clip(sources * generator.normal(0.95, 0.2, count), 1, 95)], axis=1).astype(np.int64)
 
 
-@pytest.mark.parametrize("size", [{"batch_size": 32}, {"batch_size": 32, "batch_tokens": 512}])
-def test_little_is_padding(size: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "least"), [({"batch_size": 32}, 0.8), ({"batch_size": 32, "batch_tokens": 512}, 0.95)]
+)
+def test_little_is_padding(size: dict[str, int], least: float) -> None:
     schedule = BatchSchedule(make_text_lengths(40_000), seed=3, **size)
-    assert schedule.padding_efficiency() > 0.95
+    assert schedule.padding_efficiency() > least
     padded = real = 0
     for _ in range(schedule.num_batches_per_epoch):
         ends = schedule._lengths[schedule.next()]
@@ -116,9 +127,9 @@ def test_a_position_of_another_corpus_is_refused() -> None:
     state = BatchSchedule(make_lengths(100), 8, seed=5).state_dict()
     with pytest.raises(ValueError, match="num_sentences 100, now it is 99"):
         BatchSchedule(make_lengths(99), 8, seed=5).load_state_dict(state)
-    with pytest.raises(ValueError, match="order None, now it is 2"):
-        BatchSchedule(make_lengths(100), 8, seed=5).load_state_dict({**state, "order": None})
-    with pytest.raises(ValueError, match="batch_tokens None, now it is 64"):
+    with pytest.raises(ValueError, match="order 2, now it is None"):
+        BatchSchedule(make_lengths(100), 8, seed=5).load_state_dict({**state, "order": 2})
+    with pytest.raises(ValueError, match="batch_size 8, now it is None"):
         BatchSchedule(make_lengths(100), 8, seed=5, batch_tokens=64).load_state_dict(state)
     with pytest.raises(ValueError, match="batch_size 8, now it is 4"):
         BatchSchedule(make_lengths(100), 4, seed=5).load_state_dict(state)
