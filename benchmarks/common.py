@@ -188,18 +188,33 @@ def ask_worker(name: str, command: Sequence[str], environment: Mapping[str, str]
     return done.stdout.splitlines()[-1]
 
 
-def measure_in_turns(
+def add_turn_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a program whose systems take turns (see `ask_in_turns`)."""
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="T")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+
+
+def ask_in_turns(
     module: str, names: Sequence[str], problem: Mapping[str, Any], num_threads: int, num_rounds: int
-) -> dict[str, dict[str, float]]:
-    """Medians of what `--worker NAME` of a benchmark says of each system, a process each and round by round."""
+) -> list[dict[str, dict[str, Any]]]:
+    """What `--worker NAME` of a benchmark says of each system in each round, a process each."""
     sizes = [f"--{key.replace('_', '-')}={value}" for key, value in problem.items() if value is not None]
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
-    rounds: list[dict[str, dict[str, float]]] = []
+    rounds: list[dict[str, dict[str, Any]]] = []
     for number in range(num_rounds):
         rounds.append(
             {name: json.loads(ask_worker(name, [module, "--worker", name, *sizes], environment)) for name in names}
         )
         print(f"round {number + 1} of {num_rounds} is done", flush=True)
+    return rounds
+
+
+def measure_in_turns(
+    module: str, names: Sequence[str], problem: Mapping[str, Any], num_threads: int, num_rounds: int
+) -> dict[str, dict[str, float]]:
+    """Medians over the rounds of what `ask_in_turns` brings, numbers all."""
+    rounds = ask_in_turns(module, names, problem, num_threads, num_rounds)
     return {
         name: {key: statistics.median(round_[name][key] for round_ in rounds) for key in rounds[0][name]}
         for name in names

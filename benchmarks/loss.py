@@ -14,10 +14,8 @@ these counts. It comes with the extra `peers`; without Triton: pip install --no-
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -262,10 +260,8 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=32_000, metavar="V")
     parser.add_argument("--student-dim", type=int, default=512, metavar="D")
     parser.add_argument("--teacher-dim", type=int, default=768, metavar="D")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="T")
     parser.add_argument("--liger-chunks", default="1024,512", metavar="A,B,…", help="empty: leave Liger out")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    common.add_turn_options(parser)
     options = parser.parse_args()
     problem = Problem(options.tokens, options.vocabulary, options.student_dim, options.teacher_dim)
     if options.worker:

@@ -10,6 +10,7 @@ are compared with the processor's measured peak; the others move memory.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,6 +160,7 @@ def main() -> int:
     parser.add_argument("--teacher", choices=MODEL_PRESETS, help="distil from a teacher of these sizes")
     parser.add_argument("--image", type=Path, default=IMAGE)
     add_problem_options(parser)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="T")
     options = parser.parse_args()
     data = measure(options)
     atomic.write_bytes(options.image, plot(data))

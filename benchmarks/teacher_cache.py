@@ -12,7 +12,6 @@ Systems take turns, a process each; medians of the rounds are compared.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 from dataclasses import asdict
@@ -37,21 +36,13 @@ def run_worker(name: str, problem: Problem) -> dict[str, Any]:
 
 
 def measure(problem: Problem, num_threads: int, num_rounds: int) -> dict[str, Any]:
-    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(problem).items()]
-    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
-    found: dict[str, list[dict[str, Any]]] = {OURS: [], OURS_STORED: []}
-    for number in range(num_rounds):
-        for name, rounds in found.items():
-            command = ["benchmarks.teacher_cache", "--worker", name, *sizes]
-            rounds.append(json.loads(common.ask_worker(name, command, environment)))
-        print(f"round {number + 1} of {num_rounds} is done", flush=True)
-    speeds = {
-        name: statistics.median(round_["tokens_per_second"] for round_ in rounds) for name, rounds in found.items()
-    }
-    pairs = zip(found[OURS][0]["losses"], found[OURS_STORED][0]["losses"], strict=True)
+    names = (OURS, OURS_STORED)
+    rounds = common.ask_in_turns("benchmarks.teacher_cache", names, asdict(problem), num_threads, num_rounds)
+    speeds = {name: statistics.median(answers[name]["tokens_per_second"] for answers in rounds) for name in names}
+    pairs = zip(*(rounds[0][name]["losses"] for name in names), strict=True)
     return {
         "tokens_per_second": speeds,
-        "states_seconds": statistics.median(round_["states_seconds"] for round_ in found[OURS_STORED]),
+        "states_seconds": statistics.median(answers[OURS_STORED]["states_seconds"] for answers in rounds),
         "speedup": speeds[OURS_STORED] / speeds[OURS],
         "largest_loss_difference": max(abs(a - b) / abs(a) for a, b in pairs),
     }
@@ -96,6 +87,7 @@ def main() -> int:
     parser = common.build_plain_parser("Compare distillation with and without the teacher's stored states.")
     parser.add_argument("--teacher", choices=MODEL_PRESETS, default="spec_teacher")
     add_problem_options(parser)
+    common.add_turn_options(parser)
     options = parser.parse_args()
     problem = read_problem(options)
     if options.worker:

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.teachers.states import TeacherStates
+from cvm_translator.training.device import build_autocast
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.setup import LoopSetup
@@ -156,8 +156,7 @@ def run_ours(
     if has_stored_states and parts.teacher is not None:
         start = time.perf_counter()
         states = TeacherStates(folder, parts.teacher, "benchmark", parts.dataset)
-        autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-        states.file.make(parts.teacher, states.build_encoder(parts.teacher), autocast, lambda: None)
+        states.make(parts.teacher, partial(build_autocast, "bfloat16", torch.device("cpu")), lambda: None)
         figures["states_seconds"] = time.perf_counter() - start
     loss = DistillationLoss(TEMPERATURE, ALPHA if parts.teacher else 0.0, BETA if parts.teacher else 1.0)
     total = problem.num_steps + problem.num_warm_up
@@ -334,34 +333,25 @@ def format_results(data: dict[str, Any]) -> str:
 
 
 def add_problem_options(parser: argparse.ArgumentParser) -> None:
-    """The sizes of the problem, the rounds and the threads."""
+    """The sizes of the problem, but for the teacher, which each program has its own default for."""
     parser.add_argument("--student", choices=MODEL_PRESETS, default="spec_student")
     parser.add_argument("--vocabulary", type=int, default=32_000, metavar="V")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N")
     parser.add_argument("--num-steps", type=int, default=20, metavar="N")
     parser.add_argument("--num-warm-up", type=int, default=3, metavar="N")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="T")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
 
 
 def read_problem(options: argparse.Namespace) -> Problem:
     if options.num_warm_up < 1 or options.num_steps < 1:
         raise BenchmarkError("--num-steps and --num-warm-up are at least 1")
-    return Problem(
-        options.student,
-        options.teacher,
-        options.vocabulary,
-        options.batch_size,
-        options.num_steps,
-        options.num_warm_up,
-    )
+    return Problem(**{field.name: getattr(options, field.name) for field in fields(Problem)})
 
 
 def main() -> int:
     parser = common.build_plain_parser("Compare training with Transformers' Seq2SeqTrainer.")
     parser.add_argument("--teacher", choices=MODEL_PRESETS, help="distil from a teacher of these sizes")
     add_problem_options(parser)
+    common.add_turn_options(parser)
     options = parser.parse_args()
     problem = read_problem(options)
     if options.worker:

@@ -114,7 +114,7 @@ class DistillationDataset:
         self._source, self._target = source, target
         lengths = np.empty((len(source.offsets) - 1, 2), dtype=np.int32)
         for column, side in enumerate((source, target)):
-            np.subtract(side.offsets[1:], side.offsets[:-1], out=lengths[:, column], casting="same_kind")
+            lengths[:, column] = side.lengths
         fits = lengths.max(axis=1) < (max_length if max_length is not None else 1 << 30)
         self.kept: NDArray[np.int64] = np.flatnonzero(fits)
         """(N,) places of the kept pairs in the input."""

@@ -157,11 +157,13 @@ def fill_pool(
     del columns, sources
     places = np.arange(len(table), dtype=np.int64)
     for reason, dropped in find_duplicates(table[:, 0], table[:, 1]).items():
-        for number, count in zip(*np.unique(source[dropped], return_counts=True), strict=True):
-            tallies[int(number)].dropped[reason] += int(count)
+        for number, count in enumerate(np.bincount(source[dropped]).tolist()):
+            if count:
+                tallies[number].dropped[reason] += count
         places = np.setdiff1d(places, dropped, assume_unique=True)
-    for number, count in zip(*np.unique(source[places], return_counts=True), strict=True):
-        tallies[int(number)].num_kept += int(count)
+    for number, count in enumerate(np.bincount(source[places]).tolist()):
+        if count:
+            tallies[number].num_kept += count
     return Pool(path, offsets, np.ascontiguousarray(table[:, 2:4]), np.ascontiguousarray(table[:, 4]), places)
 
 

@@ -30,8 +30,8 @@ class BatchFeed:
         """The schedule's next batch."""
         indices = self._schedule.next()
         ahead, self._ahead = self._ahead, None
-        made = ahead is not None and np.array_equal(ahead[0], indices)
-        batch = ahead[1].result() if ahead is not None and made else self._make(indices)
+        future = ahead[1] if ahead is not None and np.array_equal(ahead[0], indices) else None
+        batch = self._make(indices) if future is None else future.result()
         coming = self._schedule.peek()
         if coming is not None:
             self._ahead = coming, self._thread.submit(self._make, coming)

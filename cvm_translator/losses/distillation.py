@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -72,14 +73,15 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-class _Teacher(NamedTuple):
+@dataclass(frozen=True)
+class _Teacher:
     """What the teacher's tempered logits of a chunk are made from, in the type of the product."""
 
     hidden: Tensor
     """(N, D'), divided by the temperature."""
     matrix: Tensor
 
-    def at(self, rows: slice) -> Tensor:
+    def __getitem__(self, rows: slice) -> Tensor:
         """(n, V) tempered logits."""
         return self.hidden[rows] @ self.matrix.t()
 
@@ -104,9 +106,8 @@ class _TaskAndDistillation(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _slices(hidden.shape[0], max(1, _CHUNK_ELEMENTS // matrix.shape[0])):
                 logits = hidden[chunk] @ matrix.t()
-                parts += _write_gradients(
-                    settings, logits, targets[chunk], None if teacher is None else teacher.at(chunk)
-                )
+                known = None if teacher is None else teacher[chunk]
+                parts += _write_gradients(settings, logits, targets[chunk], known)
                 if grad_hidden is not None:
                     torch.mm(logits, matrix, out=grad_hidden[chunk])
                 if ctx.needs_input_grad[1]:
@@ -128,12 +129,8 @@ def _write_gradients(
     settings: DistillationLoss, logits: Tensor, targets: Tensor, teacher: Tensor | TopTargets | None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The sums of each block of a chunk's rows, and the gradient written over its logits."""
-
-    def cut(rows: slice) -> Tensor | TopTargets | None:
-        return teacher.at(rows) if isinstance(teacher, TopTargets) else None if teacher is None else teacher[rows]
-
     return [
-        settings.write_gradient(logits[rows], targets[rows], cut(rows))
+        settings.write_gradient(logits[rows], targets[rows], None if teacher is None else teacher[rows])
         for rows in _slices(logits.shape[0], _block_rows(logits))
     ]
 

@@ -26,7 +26,7 @@ class TopTargets:
     log_probs: Tensor
     """(N, k)"""
 
-    def at(self, rows: slice) -> TopTargets:
+    def __getitem__(self, rows: slice) -> TopTargets:
         return TopTargets(self.indices[rows], self.log_probs[rows])
 
     def to(self, device: torch.device) -> TopTargets:

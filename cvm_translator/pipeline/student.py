@@ -196,7 +196,7 @@ def fill_stored(context: RunContext, teacher: Teacher, dataset: DistillationData
             f"the teacher reads the training pairs once: {stored.file.num_bytes / 2**20:,.0f} MiB to be stored"
         )
         autocast = partial(build_autocast, context.config.distillation.precision, context.device)
-        stored.file.make(teacher.model, stored.build_encoder(teacher.model), autocast, context.go_on)
+        stored.make(teacher.model, autocast, context.go_on)
     how = "reused" if was_there else f"computed in {time.monotonic() - start:.0f} s"
     context.note(f"{stored.describe()} of {len(dataset):,} pairs, {stored.file.num_bytes / 2**20:,.0f} MiB: {how}")
 

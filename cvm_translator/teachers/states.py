@@ -11,6 +11,8 @@ precision: a smaller file where k is well below D. What they leave of the distri
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +22,37 @@ from numpy.typing import NDArray
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.losses import TopTargets, compute_logits, find_top_targets
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.teachers.rows import Encode, RowFile
+from cvm_translator.teachers.rows import Autocast, Encode, RowFile
 
 MASS_SAMPLE = 20_000
 """Tokens of which the mean mass is told."""
 
 
-class TeacherStates:
+class StoredTeacher(abc.ABC):
+    """What of a teacher is in a file, there or not yet."""
+
+    file: RowFile
+
+    def make(self, teacher: CvmTransformer, autocast: Autocast, should_stop: Callable[[], None]) -> None:
+        """Compute what is missing of the file (see `RowFile.make`)."""
+        self.file.make(teacher, self._build_encoder(teacher), autocast, should_stop)
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """What it is, for the log, once it is made."""
+
+    @abc.abstractmethod
+    def _build_encoder(self, teacher: CvmTransformer) -> Encode: ...
+
+
+class TeacherStates(StoredTeacher):
     """Last hidden states."""
 
     def __init__(self, directory: Path, teacher: CvmTransformer, sha256: str, dataset: DistillationDataset) -> None:
         record = np.dtype((np.int16, (teacher.config.dim,)))
         self.file = RowFile(directory, "states", record, sha256, dataset)
 
-    def build_encoder(self, teacher: CvmTransformer) -> Encode:
+    def _build_encoder(self, teacher: CvmTransformer) -> Encode:
         return lambda hidden: hidden.to(torch.bfloat16).cpu().view(torch.int16).numpy()
 
     def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
@@ -44,7 +63,7 @@ class TeacherStates:
         return "teacher states"
 
 
-class TeacherTopTargets:
+class TeacherTopTargets(StoredTeacher):
     """The k likeliest targets at a temperature."""
 
     def __init__(
@@ -64,7 +83,7 @@ class TeacherTopTargets:
         self._record = record
         self.file = RowFile(directory, f"top-at-{temperature:g}-{precision}", record, sha256, dataset)
 
-    def build_encoder(self, teacher: CvmTransformer) -> Encode:
+    def _build_encoder(self, teacher: CvmTransformer) -> Encode:
         matrix = teacher.embedding.matrix()
 
         def encode(hidden: torch.Tensor) -> NDArray[np.void]:
@@ -89,6 +108,3 @@ class TeacherTopTargets:
         return (
             f"the teacher's {self._k} likeliest targets, {mass:.1%} of its mass at temperature {self._temperature:g},"
         )
-
-
-StoredTeacher = TeacherStates | TeacherTopTargets

@@ -15,7 +15,7 @@ from cvm_translator.corpus.dataset import Batch
 from cvm_translator.corpus.tokenizer import PAD_ID
 from cvm_translator.losses import DistillationLoss, LossParts, TopTargets
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.teachers.states import StoredTeacher, TeacherStates
+from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
 
 
 def find_real_targets(batch: Batch) -> torch.Tensor:
@@ -84,9 +84,9 @@ class DistillationObjective:
         if self.teacher is None:
             return _Known()
         device = batch.src.device
-        if self.stored is not None and not isinstance(self.stored, TeacherStates):
+        if isinstance(self.stored, TeacherTopTargets):
             return _Known(top_targets=self.stored.gather(batch.indices).to(device))
-        if self.stored is not None:
+        if isinstance(self.stored, TeacherStates):
             hidden, matrix = self.stored.gather(batch.indices).to(device), self.teacher.embedding.matrix()
         else:
             hidden, matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)

@@ -66,7 +66,7 @@ def fill(
     """Whether it was there already."""
     was_there = stored.file.is_intact()
     if not was_there:
-        stored.file.make(teacher, stored.build_encoder(teacher), autocast, should_stop)
+        stored.make(teacher, autocast, should_stop)
     return was_there
 
 
