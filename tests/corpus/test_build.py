@@ -155,7 +155,7 @@ def test_neither_chunks_nor_processes_nor_versions_change_the_bytes(
         "near_duplicate": 1,
         "unseen_shared_with_train": 10,
     }
-    # of the first version that was released: a corpus that was built with it is still this one
+    # as it was before the corpus streamed: a run that was begun then finds its corpus again
     assert summary.sha256 == "0400dc12953c3501ff64ad2ca346993cc9b669b6f84bb3e5c97f21d79a39276f"
     started: list[int] = []
 
