@@ -6,6 +6,7 @@ code of the command line. Anything else that escapes is a defect of the program,
 
 from __future__ import annotations
 
+import errno
 import importlib
 from types import ModuleType
 
@@ -78,6 +79,24 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write found no room, on the disk or within the user's share of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def describe_error(error: Exception) -> str:
+    """One line for any error; only a CvmError was written for the user to read."""
+    if isinstance(error, CvmError):
+        return str(error)
+    if is_full_disk(error) and isinstance(error, OSError):
+        place = error.filename or "the disk"
+        return f"{place}: no room ({error.strerror}): free some space there and run the same command again"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text} (this is a defect of the program; --debug shows where)"
 
 
 def import_optional(module: str, extra: str) -> ModuleType:

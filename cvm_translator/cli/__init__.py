@@ -24,6 +24,7 @@ from cvm_translator.errors import (
     EXIT_OUT_OF_MEMORY,
     CvmError,
     Stopped,
+    describe_error,
     is_out_of_memory,
 )
 from cvm_translator.runs.heartbeat import is_supervised
@@ -65,13 +66,3 @@ def find_exit_code(error: Exception, *, has_supervisor: bool) -> int:
     if not has_supervisor:
         return EXIT_ERROR
     return EXIT_OUT_OF_MEMORY if is_out_of_memory(error) else EXIT_CRASHED
-
-
-def describe_error(error: Exception) -> str:
-    """One line for any error; only a CvmError was written for the user to read."""
-    if isinstance(error, CvmError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text} (this is a defect of the program; --debug shows where)"

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from cvm_translator.config.schema import CleaningConfig
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.text import count_letters, normalise_text
+from cvm_translator.errors import import_optional
 from cvm_translator.metrics.placeholders import PLACEHOLDER, find_placeholders
+from cvm_translator.metrics.probes import base_language
 
 # In the order in which they run; the first five are entries that catalogues mark or that are no plain text.
 FILTERS = (
@@ -111,21 +112,22 @@ def find_duplicates(exact: NDArray[np.uint64], nearly: NDArray[np.uint64]) -> di
 def build_language_check(source_language: str, target_language: str) -> Callable[[str, str], bool]:
     """A function that tells whether either side is clearly in another language than its own.
 
-    Judged by py3langid, among the pair and a few common languages, on sides long enough to tell. A language that it
-    does not know is not judged.
+    Judged by py3langid, among the pair and a few common languages, on sides long enough to tell. Regions make no
+    difference (pt_BR is pt), and a side in a language that it does not know is not judged.
     """
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    langid = import_optional("py3langid.langid", "metrics")
+    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     known = set(identifier.labels)
-    candidates = [language for language in (source_language, target_language) if language in known]
-    if len(candidates) < 2:
-        return lambda source, target: False
-    identifier.set_languages(sorted({*candidates, *COMMON_LANGUAGES} & known))
+    sides = (base_language(source_language), base_language(target_language))
+    identifier.set_languages(sorted({*sides, *COMMON_LANGUAGES} & known))
 
     def is_foreign(text: str, language: str) -> bool:
+        if language not in known:
+            return False
         plain = PLACEHOLDER.sub(" ", text)
         if len(plain.split()) < LANGUAGE_MIN_WORDS or count_letters(plain) < LANGUAGE_MIN_LETTERS:
             return False
         best, _ = identifier.classify(plain)
         return bool(best != language and dict(identifier.rank(plain))[language] <= LANGUAGE_MAX_PROBABILITY)
 
-    return lambda source, target: is_foreign(source, source_language) or is_foreign(target, target_language)
+    return lambda source, target: any(map(is_foreign, (source, target), sides))

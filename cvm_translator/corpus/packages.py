@@ -8,6 +8,7 @@ Refuses (CorpusError): another hash, no network, an archive beyond the caps; the
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -68,7 +69,7 @@ def fetch_package(package: GettextPackage, cache_dir: Path, report: Callable[[st
     except OSError as error:
         raise CorpusError(
             f"corpus: {describe_package(package)} cannot be stored in {path.parent} ({error.strerror}): make room "
-            "there or set corpus.cache_dir"
+            f"there and in {tempfile.gettempdir()}, where pip works, or set corpus.cache_dir"
         ) from error
     report(f"corpus: downloaded {describe_package(package)} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
@@ -123,6 +124,9 @@ def _download(package: GettextPackage, folder: Path, cached: Path) -> None:
     if done.returncode == 0:
         return
     output = done.stderr + done.stdout
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(number) in output:
+            raise OSError(number, os.strerror(number), str(folder))
     got = re.search(r"Got\s+([0-9a-f]{64})", output)
     if got:
         raise _wrong_hash(package, got.group(1))

@@ -8,7 +8,6 @@ intact is skipped, and the loops resume bit for bit from their newest valid chec
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 import uuid
@@ -20,7 +19,7 @@ import pydantic
 import yaml
 
 from cvm_translator.config import RunConfig, dump_config
-from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, CvmError, RunFolderError, Stopped
+from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, CvmError, RunFolderError, Stopped, is_full_disk
 from cvm_translator.pipeline import delivery
 from cvm_translator.pipeline.cards import describe_outcome
 from cvm_translator.pipeline.context import RunContext
@@ -203,7 +202,7 @@ def _explained_full_disk(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full_disk(error):
             raise
         raise RunFolderError(
             f"no room in {root} ({error.strerror}): free some space and run the same command again;"

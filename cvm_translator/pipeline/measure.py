@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cvm_translator.errors import ModelError
+from cvm_translator.errors import ModelError, describe_error
 from cvm_translator.runs import atomic
 
 
@@ -92,11 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         sets = dict(item.split("=", 1) for item in options.sets)
-        result = _measure(options, {name: Path(path) for name, path in sets.items()})
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        atomic.write_json(options.output, _measure(options, {name: Path(path) for name, path in sets.items()}))
+    except (ValueError, OSError) as error:
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 1
-    atomic.write_json(options.output, result)
     return 0
 
 

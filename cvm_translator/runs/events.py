@@ -14,7 +14,6 @@ Per-step `train` events are buffered and written together with the next other ev
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cvm_translator.errors import is_full_disk
 from cvm_translator.runs.secrets import redact
 from cvm_translator.runs.tail import FileTail, generation_paths
 
@@ -48,7 +48,6 @@ KINDS = (
     "paused",
     "continued",
 )
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _plain(value: Any) -> Any:
@@ -97,7 +96,7 @@ class EventWriter:
         try:
             self.flush()
         except OSError as error:
-            if error.errno not in FULL_DISK:
+            if not is_full_disk(error):
                 raise
 
     @property

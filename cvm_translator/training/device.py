@@ -82,8 +82,6 @@ def describe_numerics(device: torch.device) -> dict[str, Any]:
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """The machine and the libraries, for `environment.json` and the report."""
-    import importlib.metadata
-
     packages = ["torch", "numpy", "sacrebleu", "rouge-score", "bert-score", "sentencepiece", "transformers"]
     return {
         "python": platform.python_version(),
@@ -93,8 +91,18 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
         "native_bfloat16": has_native_bfloat16(device),
         "numerics": describe_numerics(device),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": {name: _find_version(name) for name in packages},
     }
+
+
+def _find_version(package: str) -> str:
+    """What needs a missing package says so itself where it is needed."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor_name() -> str:

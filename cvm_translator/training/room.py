@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from cvm_translator import errors
 from cvm_translator.checkpoints.folder import DiskFullError
 from cvm_translator.errors import CheckpointError, Stopped
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.runs.events import FULL_DISK
 from cvm_translator.training.guard import Judgement
 from cvm_translator.training.setup import LoopSetup
 from cvm_translator.training.state import LoopState, capture_random_state, restore_random_state
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 def is_full_disk(error: Exception) -> bool:
-    return isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in FULL_DISK)
+    return isinstance(error, DiskFullError) or errors.is_full_disk(error)
 
 
 def with_room(

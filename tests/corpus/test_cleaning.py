@@ -61,6 +61,16 @@ def test_short_texts_and_switched_off_filters_pass() -> None:
     assert len(clean(("Ja", "This is a very long explanation of a yes"), max_length_ratio=100.0)[0]) == 1
 
 
-def test_a_language_that_nobody_knows_is_not_judged() -> None:
+def test_a_side_in_a_language_that_nobody_knows_is_not_judged_but_the_other_is() -> None:
     check = build_language_check("xx", "en")
-    assert not check("whatever this may be in that language", "Die Datei wurde nicht gefunden und fehlt.")
+    assert not check("was auch immer das in dieser Sprache heissen mag", "The file was not found and is missing.")
+    assert check("whatever this may be in that language", "Die Datei wurde nicht gefunden und fehlt.")
+    neither = build_language_check("xx", "yy")
+    assert not neither("whatever this may be in that language", "Die Datei wurde nicht gefunden und fehlt.")
+
+
+def test_a_region_makes_no_other_language() -> None:
+    check = build_language_check("pt_BR", "de-AT")
+    german = "Die Datei wurde in diesem Ordner nicht gefunden."
+    assert not check("O ficheiro não foi encontrado na pasta do utilizador.", german)
+    assert check("The file was not found in the folder of the user.", german)
