@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from cvm_translator.cli import MAX_LINE_BYTES, find_exit_code, main, translate_stream
 from cvm_translator.config import load_config
-from cvm_translator.errors import EXIT_CRASHED, EXIT_OUT_OF_MEMORY, CvmError, RunFolderError
+from cvm_translator.errors import EXIT_CRASHED, EXIT_OUT_OF_MEMORY, CvmError, RunFolderError, describe_error
 from cvm_translator.pipeline.text import prepare_corpus
 from cvm_translator.runs.lock import RunLock
 
@@ -151,6 +153,13 @@ def test_only_a_supervisor_is_told_what_a_restart_may_mend(
 ) -> None:
     assert find_exit_code(error, has_supervisor=False) == exit_code
     assert find_exit_code(error, has_supervisor=True) == supervised_exit_code
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_no_defect_of_the_program(number: int) -> None:
+    for error in (OSError(number, os.strerror(number)), OSError(number, os.strerror(number), "corpus/train.tsv")):
+        line = describe_error(error)
+        assert re.fullmatch(r"(the disk|corpus/train\.tsv): no room \(.*\): free some space there and .*again", line)
 
 
 def test_an_unreadable_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

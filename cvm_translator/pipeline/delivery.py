@@ -21,7 +21,7 @@ from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.errors import RunFolderError
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.pipeline.arrange import arrange_gate, arrange_scores, negate
+from cvm_translator.pipeline.arrange import arrange_gate, arrange_perplexities, arrange_scores, negate
 from cvm_translator.pipeline.cards import build_metadata, build_model_card
 from cvm_translator.pipeline.context import RunContext, StageRecord, stage
 from cvm_translator.pipeline.formats import (
@@ -144,11 +144,13 @@ def _judge(context: RunContext, models: dict[str, Path], sets: dict[str, Any]) -
             batch_size=config.validation.batch_size,
             device=str(context.device),
             num_threads=torch.get_num_threads(),
+            with_references=True,
         )
     settings = ValidationConfig.from_run(config, str(context.device))
     evaluator = TranslationQualityEvaluator(settings)
     deployed = list(models)[-1]
     judged = {}
+    perplexities = {}
     for name, pairs in sets.items():
         translated = {model: _recall(data["hypotheses"][name]) for model, data in measured.items()}
         judged[name] = judge_models(
@@ -160,6 +162,8 @@ def _judge(context: RunContext, models: dict[str, Path], sets: dict[str, Any]) -
             deployed,
             evaluator,
         ).report
+        losses = {model: np.array(data["reference_losses"][name]) for model, data in measured.items()}
+        perplexities[name] = arrange_perplexities(losses, config.guard.num_resamples, settings.seed)
     figures = (
         "num_parameters",
         "num_bytes",
@@ -176,7 +180,7 @@ def _judge(context: RunContext, models: dict[str, Path], sets: dict[str, Any]) -
             for gap in judged["test"]["gaps"]
         },
         "signatures": judged["test"]["signatures"],
-        **{name: arrange_scores(report) for name, report in judged.items()},
+        **{name: arrange_scores(report, perplexities[name]) for name, report in judged.items()},
         "models": {name: {key: data[key] for key in figures} for name, data in measured.items()},
         **_choose_examples(
             evaluator, sets["test"], measured["teacher"]["hypotheses"], measured[deployed]["hypotheses"]

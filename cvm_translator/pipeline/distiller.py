@@ -20,6 +20,7 @@ import yaml
 
 from cvm_translator.config import RunConfig, dump_config
 from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, CvmError, RunFolderError, Stopped, is_full_disk
+from cvm_translator.metrics import require_libraries
 from cvm_translator.pipeline import delivery
 from cvm_translator.pipeline.cards import describe_outcome
 from cvm_translator.pipeline.context import RunContext
@@ -66,6 +67,7 @@ class ModelDistiller:
             self._heartbeat.on_gone = stop.supervisor_is_gone
             context = self._open(stop)
             try:
+                require_libraries(self.config.validation.metrics)
                 check_given_teacher(self.config)
                 corpus = build_corpus(context)
                 tokenizer = build_tokenizer(context, corpus)

@@ -7,7 +7,8 @@ what is measured is what is delivered.
 
 `peak_memory_mib` is the peak resident memory of the whole process, interpreter and libraries included;
 `baseline_memory_mib` is what it held before the model was loaded. `tokens_per_second` counts generated tokens, end
-marks included, over the first set.
+marks included, over the first set, after a first batch that is not timed. With `--references` the cross-entropy of
+every pair's reference is measured as well (`reference_losses`), where the runtime can tell it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import ModelError, describe_error
 from cvm_translator.runs import atomic
+
+NUM_WARM_UP = 4
+"""Sentences that are translated before the clock runs: kernels are chosen and weights packed at first use."""
 
 
 def measure_folder(
@@ -36,11 +41,13 @@ def measure_folder(
     device: str,
     num_threads: int,
     runtime: str = "native",
+    with_references: bool = False,
 ) -> dict[str, Any]:
     """Run this module in a fresh process and return what it measured; raises ModelError if it failed."""
     command = [sys.executable, "-m", "cvm_translator.pipeline.measure", "--model", str(model), "--output", str(output)]
     command += ["--beam-size", str(beam_size), "--batch-size", str(batch_size)]
     command += ["--device", device, "--num-threads", str(num_threads), "--runtime", runtime]
+    command += ["--references"] if with_references else []
     for name, path in sets.items():
         command += ["--set", f"{name}={path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -89,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--runtime", default="native")
+    parser.add_argument("--references", action="store_true")
     options = parser.parse_args(arguments)
     try:
         sets = dict(item.split("=", 1) for item in options.sets)
@@ -106,15 +114,22 @@ def _measure(options: argparse.Namespace, sets: dict[str, Path]) -> dict[str, An
     baseline = _peak_memory_mib()
     loaded = runtime(options.model, RuntimeSettings(options.device, options.num_threads))
     hypotheses: dict[str, list[str]] = {}
+    losses: dict[str, Any] = {}
     tokens_per_second = 0.0
-    for index, (name, path) in enumerate(sets.items()):
-        sources = [line.split("\t", 1)[0] for line in path.read_text(encoding="utf-8").split("\n") if line]
+    pairs = {name: _read_pairs(path) for name, path in sets.items()}
+    for index, name in enumerate(sets):
+        sources = [pair.source for pair in pairs[name]]
+        if index == 0:
+            loaded.translate(sources[:NUM_WARM_UP], beam_size=options.beam_size, batch_size=options.batch_size)
         start = time.perf_counter()
         hypotheses[name] = loaded.translate(sources, beam_size=options.beam_size, batch_size=options.batch_size)
         seconds = time.perf_counter() - start
         if index == 0:
             num_tokens = sum(len(ids) + 1 for ids in loaded.tokenizer.encode(hypotheses[name]))
             tokens_per_second = num_tokens / seconds
+    peak = _peak_memory_mib()
+    if options.references:
+        losses = {name: loaded.measure_references(pairs[name], options.batch_size) for name in sets}
     return {
         "model": str(options.model),
         "number_format": loaded.facts["number_format"],
@@ -122,12 +137,19 @@ def _measure(options: argparse.Namespace, sets: dict[str, Path]) -> dict[str, An
         "num_bytes": loaded.num_bytes,
         "hypotheses": hypotheses,
         "tokens_per_second": tokens_per_second,
-        "peak_memory_mib": _peak_memory_mib(),
+        "reference_losses": losses,
+        "peak_memory_mib": peak,
         "baseline_memory_mib": baseline,
         "batch_size": options.batch_size,
         "beam_size": options.beam_size,
         "num_threads": options.num_threads,
     }
+
+
+def _read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a split's file or of `measure_sentences`, whose targets are empty."""
+    rows = (line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line)
+    return [Pair(row[0], row[1] if len(row) > 1 else "", "") for row in rows]
 
 
 def _peak_memory_mib() -> float:

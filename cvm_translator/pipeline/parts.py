@@ -15,6 +15,7 @@ from cvm_translator.corpus.tokens import obtain_tokens
 from cvm_translator.errors import ConfigError, CorpusError
 from cvm_translator.models.decoding import translate_texts
 from cvm_translator.models.folder import save_model
+from cvm_translator.models.perplexity import compute_perplexity, measure_reference_losses
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.context import RunContext
 from cvm_translator.pipeline.text import Corpus
@@ -23,6 +24,7 @@ from cvm_translator.training.judges import Deploy, ValidationJudge
 from cvm_translator.validation import DistillationValidator, ValidationConfig
 
 Training = TypeVar("Training", bound=TrainingConfig)
+Perplexity = Callable[[CvmTransformer], float | None]
 
 
 def build_dataset(
@@ -91,23 +93,30 @@ def build_validator(
     )
 
 
+def build_perplexity(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, *models: ModelConfig) -> Perplexity:
+    """What finds a model's perplexity on the validation pairs that fit all of `models`."""
+    max_length = min(model.max_length for model in models)
+    held_out = DistillationDataset.from_pairs(corpus.validation, tokenizer, max_length)
+    num_pairs, batch_size = len(corpus.validation), context.config.validation.batch_size
+    return lambda model: compute_perplexity(measure_reference_losses(model, held_out, num_pairs, batch_size))
+
+
 def build_judge(
     context: RunContext,
     stage_name: str,
     validator: DistillationValidator,
     corpus: Corpus,
     tokenizer: Tokenizer,
-    model: ModelConfig,
+    find_perplexity: Perplexity,
     deploy: Deploy,
 ) -> ValidationJudge:
-    held_out = DistillationDataset.from_pairs(corpus.validation, tokenizer, model.max_length)
     return ValidationJudge(
         stage_name,
         context.events,
         validator,
         tokenizer,
         deploy,
-        held_out,
+        find_perplexity,
         beat=lambda: context.heartbeat.beat("validation"),
     )
 

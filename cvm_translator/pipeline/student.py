@@ -26,6 +26,7 @@ from cvm_translator.pipeline.parts import (
     build_batches,
     build_dataset,
     build_judge,
+    build_perplexity,
     build_store,
     build_translate,
     build_validator,
@@ -92,7 +93,12 @@ def _run_loop(
     )
     validation = ValidationConfig.from_run(config, str(context.device))
     validator = build_validator(context, corpus, tokenizer, validation, context.layout.validation)
-    record = validator.score_teacher(build_translate(context, teacher.model, tokenizer), teacher.sha256)
+    find_perplexity = build_perplexity(context, corpus, tokenizer, config.student.model, teacher.model.config)
+    record = validator.score_teacher(
+        build_translate(context, teacher.model, tokenizer),
+        teacher.sha256,
+        lambda: {"perplexity": find_perplexity(teacher.model)},
+    )
     check_settings(config.quantization, student)
     calibration = Calibration(dataset, config.quantization.calibration_sentences, config.seed)
     batches = build_batches(context, dataset, settings, config.seed)
@@ -123,7 +129,7 @@ def _run_loop(
                 validator,
                 corpus,
                 tokenizer,
-                config.student.model,
+                find_perplexity,
                 build_deploy(config.quantization, calibration),
             ),
             stop=context.stop,

@@ -21,6 +21,7 @@ from cvm_translator.pipeline.parts import (
     build_batches,
     build_dataset,
     build_judge,
+    build_perplexity,
     build_store,
     build_validator,
     cut_for_memory,
@@ -153,6 +154,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
     settings = ValidationConfig.from_run(context.config, str(context.device))
     settings = dataclasses.replace(settings, settings=_surface_metrics(settings.settings))
     validator = build_validator(context, corpus, tokenizer, settings, context.layout.teacher / "validation")
+    find_perplexity = build_perplexity(context, corpus, tokenizer, config.model)
     batches = build_batches(context, dataset, config.training, config.seed)
     seed_everything(config.seed)
     loop = TrainingLoop(
@@ -167,7 +169,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             batches=batches,
             store=build_store(context, context.layout.teacher / "checkpoints"),
             events=context.events,
-            judge=build_judge(context, "teacher", validator, corpus, tokenizer, config.model, deploy_as_it_is),
+            judge=build_judge(context, "teacher", validator, corpus, tokenizer, find_perplexity, deploy_as_it_is),
             stop=context.stop,
             heartbeat=context.heartbeat,
             control=context.control,

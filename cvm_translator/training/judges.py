@@ -6,21 +6,15 @@ model itself and its integer arithmetic, never the float weights it was trained 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
-from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.models.decoding import translate_texts
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.training.guard import Judgement
-from cvm_translator.training.objectives import find_real_targets
 from cvm_translator.training.state import LoopState
 from cvm_translator.validation.result import ValidationResult
 from cvm_translator.validation.validator import DistillationValidator
@@ -42,16 +36,16 @@ class ValidationJudge:
         validator: DistillationValidator,
         tokenizer: Tokenizer,
         deploy: Deploy,
-        held_out: DistillationDataset,
+        find_perplexity: Callable[[CvmTransformer], float | None],
         beat: Callable[[], object] | None = None,
     ) -> None:
-        """`beat` is called before each batch that is decoded."""
+        """`find_perplexity` is that of the validation set; `beat` is called before each batch that is decoded."""
         self.stage = stage
         self.events = events
         self.validator = validator
         self.tokenizer = tokenizer
         self.deploy = deploy
-        self.held_out = held_out
+        self.find_perplexity = find_perplexity
         self.beat = beat
 
     def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
@@ -94,7 +88,7 @@ class ValidationJudge:
                 on_batch=self.beat,
             )
 
-        perplexity = compute_perplexity(deployed, self.held_out, settings.batch_size)
+        perplexity = self.find_perplexity(deployed)
         extra = {} if perplexity is None else {"perplexity": perplexity}
         result: ValidationResult = validate(state.step, state.attempt, translate, extra)
         self.events.write(
@@ -103,7 +97,7 @@ class ValidationJudge:
             attempt=state.attempt,
             stage=self.stage,
             scores=result.scores | extra,
-            teacher_scores=result.teacher_scores,
+            teacher_scores=result.teacher_scores | self.validator.teacher_extra,
             quality_score=result.quality_score,
             retentions=result.retentions,
             probes=result.probes,
@@ -128,20 +122,3 @@ class ValidationJudge:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.validator.load_state_dict(state)
-
-
-@torch.inference_mode()
-def compute_perplexity(model: CvmTransformer, held_out: DistillationDataset, batch_size: int) -> float | None:
-    """exp of the mean cross-entropy a reference token, in nats, teacher-forced; None where no pair fits the model."""
-    device = model.positions.device
-    total, num_tokens = 0.0, 0
-    order = np.argsort(held_out.lengths[:, 1], kind="stable")
-    for start in range(0, len(order), batch_size):
-        batch = held_out.batch(order[start : start + batch_size]).to(device)
-        hidden, matrix = model(batch.src, batch.src_mask, batch.tgt_in)
-        real = find_real_targets(batch)
-        logits = hidden.flatten(0, 1)[real].float() @ matrix.float().T  # (N, V)
-        targets = batch.tgt_out.flatten()[real]
-        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        num_tokens += batch.num_tokens
-    return math.exp(min(total / num_tokens, 700.0)) if num_tokens else None

@@ -30,7 +30,8 @@ class ValidationResult:
     """None when a metric that counts could not be computed."""
     verdict: Verdict
     comparisons: dict[str, dict[str, Any]]
-    """With `previous`, `best` (before this one) and `teacher`: differences of the scores, with interval and p-value."""
+    """With `previous`, `best` (before this one) and `teacher`: differences of the scores, with interval and p-value,
+    and of `extra`."""
     probes: dict[str, int]
     error_analysis: dict[str, Any]
     signatures: dict[str, str]

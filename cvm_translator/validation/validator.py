@@ -64,6 +64,7 @@ class DistillationValidator:
         self.count_tokens = count_tokens
         self.teacher: QualityMeasurement | None = None
         self.teacher_hypotheses: list[str] | None = None
+        self.teacher_extra: dict[str, Any] = {}
         self.detector = self._build_detector()
         self._reference_at: tuple[int, int] | None = None
         self._reference: QualityMeasurement | None = None
@@ -73,10 +74,13 @@ class DistillationValidator:
 
     # ------------------------------------------------------------------------------------------------ teacher
 
-    def score_teacher(self, translate: Translate, teacher_sha256: str) -> dict[str, Any]:
+    def score_teacher(
+        self, translate: Translate, teacher_sha256: str, measure_extra: Callable[[], dict[str, Any]] = dict
+    ) -> dict[str, Any]:
         """Decode and score the teacher, or reuse what is on disk for this teacher, set and beam size.
 
-        Returns the record kept in teacher.json. A metric that fails here is an error: there is nothing to compare with.
+        `measure_extra` gives what validations measure beside the text (their `extra`), of the teacher. Returns the
+        record kept in teacher.json. A metric that fails here is an error: there is nothing to compare with.
         """
         key = {
             "teacher_sha256": teacher_sha256,
@@ -93,9 +97,10 @@ class DistillationValidator:
             if measurement.failures:
                 name, reason = next(iter(measurement.failures.items()))
                 raise CorpusError(f"validation metric {name} cannot be computed on the teacher's output: {reason}")
-            record = {**key, **self._describe(measurement), **timing}
+            record = {**key, **self._describe(measurement), **timing, "extra": measure_extra()}
             self.files.write(TEACHER, record, hypotheses, measurement)
         self.teacher, self.teacher_hypotheses = measurement, hypotheses
+        self.teacher_extra = _known(record.get("extra", {}))
         self.detector = self._build_detector()
         return record
 
@@ -106,7 +111,7 @@ class DistillationValidator:
     ) -> ValidationResult:
         """Decode the set, score it, compare it with previous, best and teacher, judge it, and write the record."""
         hypotheses, measurement, timing = self._measure(translate)
-        comparisons = self._compare(measurement)
+        comparisons = self._compare(measurement, extra or {})
         verdict = self.detector.judge(measurement, step, attempt)
         result = self._build_result(step, attempt, hypotheses, measurement, verdict, extra, timing, comparisons)
         self.files.write(validation_stem(step, attempt), result.to_json(), hypotheses, measurement)
@@ -191,7 +196,7 @@ class DistillationValidator:
             retentions=self.detector.scale.retentions(measurement.scores),
             quality_score=verdict.quality_score,
             verdict=verdict,
-            comparisons=self._compare(measurement) if comparisons is None else comparisons,
+            comparisons=self._compare(measurement, extra or {}) if comparisons is None else comparisons,
             error_analysis=analysis,
             extra=dict(extra or {}),
             measurement=measurement,
@@ -242,7 +247,7 @@ class DistillationValidator:
             "length_ratio": measurement.length_ratio,
         }
 
-    def _compare(self, measurement: QualityMeasurement) -> dict[str, dict[str, Any]]:
+    def _compare(self, measurement: QualityMeasurement, extra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Paired comparisons with previous, best and teacher, for each that was measured on the same set."""
         best_at = self.detector.best_at
         others: dict[str, tuple[QualityMeasurement | None, tuple[int, int] | None]] = {
@@ -258,8 +263,28 @@ class DistillationValidator:
                 "step": at[0] if at else None,
                 "attempt": at[1] if at else None,
                 "metrics": compare_scores(measurement, other, self.detector),
+                "extra": _compare_extra(extra, self._find_extra(at)),
             }
         return comparisons
+
+    def _find_extra(self, at: tuple[int, int] | None) -> dict[str, Any]:
+        """What was measured beside the text at a step and attempt; None stands for the teacher."""
+        if at is None:
+            return self.teacher_extra
+        return _known((self.files.read_json(validation_stem(*at)) or {}).get("extra", {}))
+
+
+def _known(extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in extra.items() if value is not None}
+
+
+def _compare_extra(new: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """New minus other of every figure beside the text that both have."""
+    return {
+        name: {"score": new[name], "other_score": other[name], "difference": new[name] - other[name]}
+        for name in new
+        if name in other
+    }
 
 
 def compare_scores(

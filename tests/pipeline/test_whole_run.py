@@ -106,9 +106,13 @@ def test_validations_score_the_output_against_the_teacher(whole_run: Any) -> Non
         hypotheses = (whole_run.folder / f"validation/step_{event['step']}.hypotheses.txt").read_text()
         assert len(hypotheses.splitlines()) == record["num_sentences"] == 100
         assert event["scores"]["bleu"] == record["scores"]["bleu"]
-        assert event["teacher_scores"] == whole_run.read_json("validation/teacher.json")["scores"]
+        teacher = whole_run.read_json("validation/teacher.json")
+        assert event["teacher_scores"] == teacher["scores"] | teacher["extra"]
         assert event["retentions"]["bleu"] == pytest.approx(event["scores"]["bleu"] / event["teacher_scores"]["bleu"])
-        assert event["scores"]["perplexity"] > 1.0
+        compared = record["comparisons"]["teacher"]["extra"]["perplexity"]
+        assert compared["score"] == event["scores"]["perplexity"] > 1.0
+        assert compared["other_score"] == event["teacher_scores"]["perplexity"] > 1.0
+    assert record["comparisons"]["previous"]["extra"]["perplexity"]["difference"] != 0.0
     assert event["quality_score"] > 0.9
 
 
@@ -135,6 +139,11 @@ def test_the_final_report(whole_run: Any) -> None:
     assert set(report["gaps"]) == {"teacher_to_float", "float_to_int8"}
     assert set(report["seconds"]) == set(STAGES) - {"report"}
     assert len(report["samples"]) == len(report["worst"]) == 12
+    for model in report["models"]:
+        perplexity = report["test"][model]["scores"]["perplexity"]
+        assert 1.0 < perplexity["low"] < perplexity["value"] < perplexity["high"]
+    markdown = (whole_run.folder / "reports" / "comparison_report.md").read_text(encoding="utf-8")
+    assert re.search(r"Perplexity \(lower is better\) \|( [\d.]+ \[[^|]+\|){3}", markdown)
     assert report["preflight"]["smallest_detectable_drop"] > 0.05
     metadata = whole_run.read_json("student/metadata.json")
     assert json.dumps(metadata)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import ModelError
 from cvm_translator.models.decoding import MAX_LENGTH_EXTRA, MAX_LENGTH_RATIO, TextTokenizer, translate_lines
 from cvm_translator.runs.atomic import read_json
@@ -56,6 +57,10 @@ class Runtime(abc.ABC):
             self.facts["max_length"] - 1,
             lambda sources: self.translate_ids(sources, beam_size=beam_size, batch_size=batch_size),
         )
+
+    def measure_references(self, pairs: Sequence[Pair], batch_size: int = 128) -> list[list[float]] | None:
+        """Nats and tokens of each pair's reference (zeros for a pair too long); None where a runtime cannot tell."""
+        return None
 
 
 def load_export_facts(folder: Path, format_name: str) -> dict[str, Any]:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import torch
 
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.corpus.records import Pair
+from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.errors import ModelError
 from cvm_translator.models.decoding import translate_ids
 from cvm_translator.models.description import WEIGHTS_FILE
 from cvm_translator.models.folder import find_model_folder, load_model
+from cvm_translator.models.perplexity import measure_reference_losses
 from cvm_translator.models.runtimes.base import Runtime, RuntimeSettings
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -18,6 +22,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class NativeRuntime(Runtime):
     """A model folder; of a run's `student` folder, the deployed one (int8, else float)."""
+
+    tokenizer: Tokenizer
 
     def __init__(self, path: Path, settings: RuntimeSettings) -> None:
         if settings.num_threads is not None:
@@ -47,3 +53,8 @@ class NativeRuntime(Runtime):
         self, sources: Sequence[Sequence[int]], *, beam_size: int = 1, batch_size: int = 128
     ) -> list[list[int]]:
         return translate_ids(self._model, sources, beam_size=beam_size, batch_size=batch_size)
+
+    def measure_references(self, pairs: Sequence[Pair], batch_size: int = 128) -> list[list[float]]:
+        held_out = DistillationDataset.from_pairs(pairs, self.tokenizer, self._model.config.max_length)
+        losses: list[list[float]] = measure_reference_losses(self._model, held_out, len(pairs), batch_size).tolist()
+        return losses
