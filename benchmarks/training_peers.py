@@ -191,6 +191,7 @@ def build_joeynmt_config(parts: Parts, folder: Path) -> dict[str, Any]:
             "optimizer": "adamw",
             "learning_rate": 1e-4,
             "learning_rate_min": 1e-9,
+            "scheduling": "decaying",  # at the end of epochs, of which there is one
             "clip_grad_norm": 1.0,
             "normalization": "tokens",
             "batch_size": problem.batch_size,

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from benchmarks import common, decoding, evidence, loss, scaling, step_profile, teacher_cache, training, validation
+from benchmarks.common import BenchmarkError
 from benchmarks.machine import describe_machine, read_machine
-from benchmarks.training_peers import Collate
+from benchmarks.training_peers import Collate, check_joeynmt, run_joeynmt
 from benchmarks.training_problem import Parts, Problem, Stopwatch, draw_lengths
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import MissingDependencyError
@@ -76,6 +78,34 @@ def test_what_the_peer_pads_is_counted() -> None:
     assert batch["labels"].tolist() == [[7, 2, -100, -100], [7, 8, 9, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert (collate.num_real, collate.num_padded) == (11, 14)
+
+
+def test_an_interpreter_without_joeynmt_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="name a Python interpreter"):
+        check_joeynmt(tmp_path / "python")
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho \"No module named 'joeynmt'\" >&2\nexit 1\n")
+    script.chmod(0o755)
+    with pytest.raises(
+        BenchmarkError, match=r"no Joey NMT \(No module named 'joeynmt'\): .*/python -m pip install joeynmt"
+    ):
+        check_joeynmt(script)
+
+
+def test_joeynmt_is_given_the_same_sentences_and_sizes(tmp_path: Path) -> None:
+    parts = Parts.build(Problem("tiny", None, 100, 8, num_steps=3, num_warm_up=2))
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho '{\"tokens_per_second\": 5.0}'\n")
+    script.chmod(0o755)
+    assert run_joeynmt(parts, tmp_path, script) == {"tokens_per_second": 5.0}
+    source, target = parts.dataset[7]
+    for language, ids in (("src", source), ("trg", target)):
+        lines = (tmp_path / f"train.{language}").read_text().splitlines()
+        assert len(lines) == 40 and lines[7].split() == [str(index) for index in ids]
+    assert len((tmp_path / "vocabulary.txt").read_text().splitlines()) == 100
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["training"]["updates"] == 5 and config["training"]["batch_size"] == 8
+    assert config["model"]["decoder"]["hidden_size"] == parts.student.config.dim
 
 
 def test_a_trainer_that_was_not_run_is_in_the_table() -> None:
