@@ -9,6 +9,7 @@ and the teacher's stored states.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from typing import Any
 import yaml
 
 from cvm_translator.config import RunConfig, load_config
-from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, CvmError
+from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, CvmError, import_optional
 from cvm_translator.runs import atomic
 from cvm_translator.runs.events import read_events
 from cvm_translator.runs.layout import RunLayout
@@ -35,6 +36,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 PROGRAM = (sys.executable, "-m", "cvm_translator")
 
 SHARED_FOLDERS = ("corpus", "tokenizer", "tokenizer/train_tokens", "teacher/states")
+_UNFINISHED = (".part", ".progress.json", ".lock")
+"""Ends of the names of files that are still written into."""
 _FREE_SETTINGS = ("output_dir", "tensorboard")
 _POLL_SECONDS = 1.0
 
@@ -152,7 +155,8 @@ def share_folders(source: Path, target: Path) -> None:
     for name in SHARED_FOLDERS:
         (target / name).mkdir(parents=True, exist_ok=True)
         for path in sorted((source / name).iterdir()) if (source / name).is_dir() else []:
-            is_finished = path.is_file() and not path.name.startswith(atomic.TEMPORARY_PREFIX)
+            is_unfinished = path.name.startswith(atomic.TEMPORARY_PREFIX) or path.name.endswith(_UNFINISHED)
+            is_finished = path.is_file() and not is_unfinished
             if is_finished and not (target / name / path.name).exists():
                 os.link(path, target / name / path.name)
 
@@ -189,36 +193,79 @@ def ask_worker(name: str, command: Sequence[str], environment: Mapping[str, str]
 
 
 def add_turn_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a program whose systems take turns (see `ask_in_turns`)."""
+    """The options of a program whose systems take turns (see `Turns`)."""
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="T")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
 
 
-def ask_in_turns(
-    module: str, names: Sequence[str], problem: Mapping[str, Any], num_threads: int, num_rounds: int
-) -> list[dict[str, dict[str, Any]]]:
-    """What `--worker NAME` of a benchmark says of each system in each round, a process each."""
-    sizes = [f"--{key.replace('_', '-')}={value}" for key, value in problem.items() if value is not None]
-    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
-    rounds: list[dict[str, dict[str, Any]]] = []
-    for number in range(num_rounds):
-        rounds.append(
-            {name: json.loads(ask_worker(name, [module, "--worker", name, *sizes], environment)) for name in names}
-        )
-        print(f"round {number + 1} of {num_rounds} is done", flush=True)
-    return rounds
+def check_peers(*modules: str) -> None:
+    """Refuse to begin without the libraries of the extra `peers`: their turn comes when others have worked for long."""
+    for module in modules:
+        import_optional(module, "peers")
 
 
-def measure_in_turns(
-    module: str, names: Sequence[str], problem: Mapping[str, Any], num_threads: int, num_rounds: int
-) -> dict[str, dict[str, float]]:
-    """Medians over the rounds of what `ask_in_turns` brings, numbers all."""
-    rounds = ask_in_turns(module, names, problem, num_threads, num_rounds)
-    return {
-        name: {key: statistics.median(round_[name][key] for round_ in rounds) for key in rounds[0][name]}
-        for name in names
-    }
+def hash_code() -> str:
+    """Of what a measurement depends on: this package and the program."""
+    folders = (REPOSITORY / "benchmarks", REPOSITORY / "cvm_translator")
+    paths = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return atomic.sha256_json({str(path.relative_to(REPOSITORY)): atomic.sha256_file(path) for path in paths})
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Systems that take turns, a process each: in every round `--worker NAME` of a module is asked once for each name.
+
+    Finished rounds are kept in a file beside the results, from which an interrupted benchmark goes on; with other code
+    or another problem it begins anew.
+    """
+
+    module: str
+    names: Sequence[str]
+    problem: Mapping[str, Any]
+    """Options of the worker; None ones are left out."""
+    options: argparse.Namespace
+
+    @property
+    def path(self) -> Path:
+        folder: Path = self.options.results / "work"
+        return folder / f"{self.module}-{atomic.sha256_json(dict(self.problem))[:8]}.rounds.json"
+
+    def ask(self) -> list[dict[str, dict[str, Any]]]:
+        """What each system said in each round."""
+        question = {"names": list(self.names), "threads": self.options.threads, "code": hash_code()}
+        rounds = self._read(question)
+        sizes = [f"--{key.replace('_', '-')}={value}" for key, value in self.problem.items() if value is not None]
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.options.threads), "TOKENIZERS_PARALLELISM": "false"}
+        for number in range(len(rounds), self.options.rounds):
+            answers = {
+                name: json.loads(ask_worker(name, [self.module, "--worker", name, *sizes], environment))
+                for name in self.names
+            }
+            rounds.append(answers)
+            atomic.write_json(self.path, {"question": question, "rounds": rounds})
+            print(f"round {number + 1} of {self.options.rounds} is done", flush=True)
+        return rounds[: self.options.rounds]
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Medians over the rounds, where all answers are numbers."""
+        rounds = self.ask()
+        return {
+            name: {key: statistics.median(round_[name][key] for round_ in rounds) for key in rounds[0][name]}
+            for name in self.names
+        }
+
+    def forget(self) -> None:
+        """The rounds, once their results are written."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self, question: Mapping[str, Any]) -> list[dict[str, dict[str, Any]]]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = atomic.read_json(self.path)
+            if kept["question"] == question:
+                print(f"{len(kept['rounds'])} rounds are taken from {self.path}", flush=True)
+                return list(kept["rounds"])
+        return []
 
 
 def run_main(main: Callable[[], int]) -> None:

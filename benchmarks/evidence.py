@@ -7,6 +7,7 @@ wrote, under one resampling matrix with a fixed seed.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Arm, BenchmarkError
+from benchmarks.common import REPOSITORY, RESULTS, Arm, BenchmarkError
 from cvm_translator.corpus.build import load_split
 from cvm_translator.metrics import MetricOptions, build_metrics
 from cvm_translator.metrics.base import FloatArray, Metric
@@ -26,6 +27,7 @@ NUM_DRAWS = 10_000
 DRAWS_SEED = 13
 SIGNIFICANCE = 0.05
 COMPARED = ("bleu", "chrf")
+DOCUMENT = REPOSITORY / "docs" / "performance.md"
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -176,9 +178,27 @@ def describe_checks(failures: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def write_results(directory: Path, name: str, data: dict[str, Any], markdown: str) -> None:
-    """NAME.json and NAME.md, each whole or not at all."""
+    """NAME.json and NAME.md, each whole or not at all; the repository's own results go into its document as well."""
     atomic.write_json(directory / f"{name}.json", data)
     atomic.write_text(directory / f"{name}.md", markdown + "\n")
+    if directory.resolve() == RESULTS:
+        replace_section(DOCUMENT, name, markdown)
+
+
+def replace_section(document: Path, name: str, markdown: str) -> bool:
+    """Put a result between the document's lines `<!-- NAME -->` and `<!-- /NAME -->`, its headings one level down.
+
+    False, and nothing is written, where the document has no such lines.
+    """
+    text = document.read_text(encoding="utf-8") if document.exists() else ""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        return False
+    body = re.sub(r"^#", "##", markdown, flags=re.MULTILINE)
+    atomic.write_text(document, f"{before}{begin}\n{body}\n\n{end}{after}")
+    return True
 
 
 def conclude(directory: Path, name: str, data: dict[str, Any], markdown: str) -> int:

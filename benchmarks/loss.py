@@ -7,7 +7,8 @@ the time of a second one and by how much its peak memory rose above what was res
 rounds are compared, and the losses and gradients of all systems must agree with a float64 pass on the first tokens.
 
 Liger (https://github.com/linkedin/Liger-Kernel) is run as it comes and compiled, at the chunk sizes given, and each of
-these counts. It comes with the extra `peers`; without Triton: pip install --no-deps liger-kernel.
+these counts. It comes with the extra `peers`, which is asked for before anything else; without Triton: pip install
+--no-deps liger-kernel.
 
     python -m benchmarks.loss [--tokens 8192 --vocabulary 32000]
 """
@@ -28,6 +29,7 @@ from torch.nn import functional
 
 from benchmarks import common, evidence
 from benchmarks.common import BenchmarkError
+from benchmarks.machine import describe_machine, read_machine
 from cvm_translator.errors import import_optional
 from cvm_translator.losses import DistillationLoss
 
@@ -249,6 +251,8 @@ def format_results(data: dict[str, Any]) -> str:
             f" {problem['teacher_dim']}; bfloat16 products, {data['threads']} threads, medians of {data['rounds']}"
             " rounds. Peak: above what was resident before the pass. Error: of loss and gradients against float64.",
             "",
+            describe_machine(data["machine"]),
+            "",
             evidence.markdown_table(header, rows),
         ]
     )
@@ -270,15 +274,22 @@ def main() -> int:
     names = [OURS, NAIVE]
     for chunk in filter(None, options.liger_chunks.split(",")):
         names += [f"liger {chunk}", f"liger {chunk} compiled"]
-    systems = common.measure_in_turns("benchmarks.loss", names, asdict(problem), options.threads, options.rounds)
+    if options.liger_chunks:
+        common.check_peers("liger_kernel.chunked_loss")
+    turns = common.Turns("benchmarks.loss", names, asdict(problem), options)
+    machine = read_machine("liger-kernel")
+    systems = turns.measure()
     data = {
+        "machine": machine,
         "problem": asdict(problem),
         "threads": options.threads,
         "rounds": options.rounds,
         "systems": systems,
         "failures": check(systems),
     }
-    return evidence.conclude(options.results, NAME, data, format_results(data))
+    code = evidence.conclude(options.results, NAME, data, format_results(data))
+    turns.forget()
+    return code
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import yaml
 
 from benchmarks import common, evidence
 from benchmarks.common import PROGRAM, Arm, BenchmarkError
+from benchmarks.machine import describe_machine, read_machine
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.split_file import SplitFile
@@ -212,9 +213,11 @@ def format_results(data: dict[str, Any]) -> str:
             "",
             *evidence.describe_checks(data["failures"]),
             "",
-            f"{data['num_cores']} cores. Build: `corpus build`, largest process. Start: from the command of a run that"
+            "Build: `corpus build`, largest process. Start: from the command of a run that"
             " finds everything built to its first distillation step. Step: a tiny student and teacher, batches of"
             f" {BATCH_SIZE}, {NUM_STEPS} steps.",
+            "",
+            describe_machine(data["machine"]),
             "",
             evidence.markdown_table(header, rows),
         ]
@@ -235,6 +238,7 @@ def main() -> int:
             )
     options.work.mkdir(parents=True, exist_ok=True)
     path = options.work / "measured.json"
+    machine = read_machine()
     measured: dict[str, dict[str, float]] = atomic.read_json(path) if path.exists() else {}
     for size in sorted(options.sizes):
         if str(size) not in measured:
@@ -243,7 +247,7 @@ def main() -> int:
             print(f"{size:,} pairs are done", flush=True)
     chosen = {size: measured[str(size)] for size in sorted(options.sizes)}
     data = {
-        "num_cores": len(os.sched_getaffinity(0)),
+        "machine": machine,
         "sizes": {str(size): figures for size, figures in chosen.items()},
         "failures": check(chosen),
     }

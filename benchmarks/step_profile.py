@@ -21,7 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common, evidence
-from benchmarks.training import ALPHA, BETA, TEMPERATURE, Parts, add_problem_options, read_problem
+from benchmarks.machine import describe_machine, read_machine
+from benchmarks.training_problem import ALPHA, BETA, TEMPERATURE, Parts, add_problem_options, read_problem
 from cvm_translator.config.model_presets import MODEL_PRESETS
 from cvm_translator.config.schema import TrainingConfig
 from cvm_translator.losses import DistillationLoss
@@ -62,6 +63,7 @@ def find_group(operation: str) -> str:
 
 def measure(options: Any) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
+    machine = read_machine()
     problem = read_problem(options)
     parts = Parts.build(problem)
     loss = DistillationLoss(TEMPERATURE, ALPHA if parts.teacher else 0.0, BETA if parts.teacher else 1.0)
@@ -92,6 +94,7 @@ def measure(options: Any) -> dict[str, Any]:
         figures["calls"] += event.count / problem.num_steps
         figures["operations"] += event.flops / problem.num_steps
     return {
+        "machine": machine,
         "student": problem.student,
         "teacher": problem.teacher,
         "vocabulary": problem.vocabulary,
@@ -149,6 +152,8 @@ def format_results(data: dict[str, Any]) -> str:
             f"Student {data['student']}, teacher {data['teacher'] or 'none'}, vocabulary {data['vocabulary']:,},"
             f" {data['batch_size']} sentences, {data['threads']} threads: {data['step_ms']:.0f} ms a step,"
             f" {total:.0f} ms under the profiler.",
+            "",
+            describe_machine(data["machine"]),
             "",
             evidence.markdown_table(["part", "ms", "share", "calls", "bound by"], rows),
         ]

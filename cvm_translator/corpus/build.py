@@ -52,6 +52,15 @@ class CorpusSummary:
     """Malformed rows by reason."""
     sha256: str
     """Hash over the hashes of all outputs: the identity of this corpus."""
+    outputs: dict[str, str]
+    """SHA-256 by file name, as it was just found."""
+
+    def open_splits(self) -> dict[str, SplitFile]:
+        """All splits, whose files are not read for it."""
+        return {
+            role: SplitFile(self.directory / f"{role}.tsv", self.sizes[role], self.outputs[f"{role}.tsv"])
+            for role in ROLES
+        }
 
 
 def build_corpus(
@@ -235,5 +244,11 @@ def _report_counts(
 
 def _summarise(directory: Path, manifest: Manifest, *, reused: bool) -> CorpusSummary:
     return CorpusSummary(
-        directory, reused, dict(manifest.sizes), dict(manifest.filters), dict(manifest.quarantine), manifest.sha256
+        directory,
+        reused,
+        dict(manifest.sizes),
+        dict(manifest.filters),
+        dict(manifest.quarantine),
+        manifest.sha256,
+        dict(manifest.outputs),
     )

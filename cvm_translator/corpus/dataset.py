@@ -38,12 +38,23 @@ class Batch:
     """(B, T) eos and target tokens."""
     tgt_out: torch.Tensor
     """(B, T) target tokens and eos."""
-    num_source_tokens: int
-    """Real source tokens, eos included."""
-    num_tokens: int
-    """Real target tokens, eos included: the tokens over which losses are averaged."""
+    lengths: NDArray[np.int32]
+    """(B, 2) real source and target tokens of each sentence, eos included; on the host, so that to count them waits for
+    no device."""
     indices: NDArray[np.int64]
     """(B,) places of the pairs in the dataset: stable ids for what is stored by example."""
+    stored: tuple[torch.Tensor, ...] = ()
+    """What is stored of the teacher at the real target tokens of the flattened batch, each (N, …); empty: not read."""
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Real source tokens, eos included."""
+        return int(self.lengths[:, 0].sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Real target tokens, eos included: the tokens over which losses are averaged."""
+        return int(self.lengths[:, 1].sum())
 
     def __len__(self) -> int:
         return self.src.shape[0]
@@ -55,28 +66,35 @@ class Batch:
         """The same in page-locked memory, from which a CUDA device copies without waiting."""
         return self._map(torch.Tensor.pin_memory)
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that lies on a device."""
+        return self.src, self.src_mask, self.tgt_in, self.tgt_out, *self.stored
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        src, src_mask, tgt_in, tgt_out = map(change, (self.src, self.src_mask, self.tgt_in, self.tgt_out))
-        return Batch(src, src_mask, tgt_in, tgt_out, self.num_source_tokens, self.num_tokens, self.indices)
+        src, src_mask, tgt_in, tgt_out, *stored = map(change, self.tensors)
+        return Batch(src, src_mask, tgt_in, tgt_out, self.lengths, self.indices, tuple(stored))
 
     def split(self, num_parts: int) -> list[Batch]:
         """Micro-batches of nearly equal sentence counts, in order, without needless padding."""
+        if num_parts == 1:
+            return [self]
         bounds = np.linspace(0, len(self), min(num_parts, len(self)) + 1).round().astype(int).tolist()
         return [self._cut(begin, end) for begin, end in itertools.pairwise(bounds)]
 
     def _cut(self, begin: int, end: int) -> Batch:
-        real = self.tgt_out[begin:end] != PAD_ID
-        source_lengths = self.src_mask[begin:end].sum(1)
-        src_end = int(source_lengths.max())
-        tgt_end = int(real.sum(1).max())
+        lengths = self.lengths[begin:end]
+        src_end, tgt_end = lengths.max(axis=0).tolist()
+        first = int(self.lengths[:begin, 1].sum())
+        tokens = slice(first, first + int(lengths[:, 1].sum()))
         return Batch(
             self.src[begin:end, :src_end],
             self.src_mask[begin:end, :src_end],
             self.tgt_in[begin:end, :tgt_end],
             self.tgt_out[begin:end, :tgt_end],
-            int(source_lengths.sum()),
-            int(real.sum()),
+            lengths,
             self.indices[begin:end],
+            tuple(rows[tokens] for rows in self.stored),
         )
 
 
@@ -145,8 +163,8 @@ class DistillationDataset:
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The pairs at `indices`, in that order, padded to the longest."""
-        lengths = self.lengths[np.asarray(indices)]
-        num_rows, source_end, target_end = len(lengths), int(lengths[:, 0].max()) + 1, int(lengths[:, 1].max()) + 1
+        lengths = self.lengths[np.asarray(indices)] + 1
+        num_rows, (source_end, target_end) = len(lengths), lengths.max(axis=0).tolist()
         src = np.full((num_rows, source_end), PAD_ID, dtype=np.int64)
         tgt_in = np.full((num_rows, target_end), PAD_ID, dtype=np.int64)
         tgt_out = np.full((num_rows, target_end), PAD_ID, dtype=np.int64)
@@ -158,14 +176,13 @@ class DistillationDataset:
             tgt_in[row, 1 : len(target) + 1] = target
             tgt_out[row, : len(target)] = target
             tgt_out[row, len(target)] = EOS_ID
-        src_mask = np.arange(source_end) <= lengths[:, :1]
+        src_mask = np.arange(source_end) < lengths[:, :1]
         return Batch(
             torch.from_numpy(src),
             torch.from_numpy(src_mask),
             torch.from_numpy(tgt_in),
             torch.from_numpy(tgt_out),
-            int(lengths[:, 0].sum()) + num_rows,
-            int(lengths[:, 1].sum()) + num_rows,
+            lengths,
             np.asarray(indices, dtype=np.int64),
         )
 

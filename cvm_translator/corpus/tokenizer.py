@@ -95,15 +95,19 @@ def build_tokenizer(
     report: Callable[[str], None],
     *,
     base_dir: Path | None = None,
+    train_sha256: str | None = None,
 ) -> Tokenizer:
     """Train (or copy in) the tokenizer of a run, or reuse the one in `directory`.
 
-    `base_dir` is the folder to which a relative `config.path` refers (default: the current one).
+    `base_dir` is the folder to which a relative `config.path` refers (default: the current one);
+    `train_sha256` the hash of the training split, where somebody has just read it.
     """
     base_dir = base_dir or Path()
+    text = _find_text(config, corpus_dir, base_dir)
+    text_sha256 = train_sha256 if train_sha256 and config.path is None else sha256_file(text)
     inputs = {
         "config": config.model_dump(mode="json"),
-        "text": sha256_file(_find_text(config, corpus_dir, base_dir)),
+        "text": text_sha256,
         "format_version": FORMAT_VERSION,
     }
     manifest_path, model_path = directory / "manifest.json", directory / MODEL_NAME

@@ -11,11 +11,11 @@ The gradient with respect to the student's logits has a closed form, with KL(tea
     alpha · T · (p_student^T − p_teacher^T) + beta · (p_student − y),   y the (smoothed) reference,
 
 so the forward pass computes it at once, a chunk of tokens at a time: the chunk's logits, the gradient written over
-them, and from it the gradients of the hidden states and of the matrix (a float32 sum over the chunks). The logits of
-all tokens never exist together, and nothing of size N × V waits for the backward pass, which only scales what is
-there (the idea is that of Liger Kernel, Hsu et al., 2024, arXiv:2410.10989). Softmax maths is in float32 (float64 for
-float64 input) on blocks of rows that stay in the processor's cache. Logits are products in autocast's type where
-autocast is on.
+them, and from it the gradients of the hidden states and of the matrix (a float32 sum over the chunks). At most one
+chunk's logits of the student and of the teacher exist together, and nothing of size N × V waits for the backward pass,
+which hands out what is there (the idea is that of Liger Kernel, Hsu et al., 2024, arXiv:2410.10989). Softmax maths is
+in float32 (float64 for float64 input) on blocks of rows that stay in the processor's cache. Logits are products in
+autocast's type where autocast is on.
 
 Refuses: shapes that do not match, targets without a teacher where alpha > 0. NaN in, NaN out.
 """
@@ -39,6 +39,8 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _DEFAULT_BLOCK_ELEMENTS = 1 << 26
 _CHUNK_ELEMENTS = 1 << 25
 """Logits of one chunk of tokens: 64 MiB of bfloat16. Smaller ones would add up the matrix's gradient more often."""
+_BALANCE_ELEMENTS = 1 << 22
+"""Logits that `compute_gradient_ratio` handles together: some 16 MiB tensors of float32."""
 
 
 class LossParts(NamedTuple):
@@ -97,6 +99,7 @@ class _TaskAndDistillation(torch.autograd.Function):
         targets: Tensor,
         teacher: _Teacher | TopTargets | None,
         settings: DistillationLoss,
+        num_tokens: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         types = hidden.dtype, matrix.dtype
         hidden, matrix = _to_product_type(hidden), _to_product_type(matrix)
@@ -108,21 +111,30 @@ class _TaskAndDistillation(torch.autograd.Function):
                 logits = hidden[chunk] @ matrix.t()
                 known = None if teacher is None else teacher[chunk]
                 parts += _write_gradients(settings, logits, targets[chunk], known)
+                del known
                 if grad_hidden is not None:
                     torch.mm(logits, matrix, out=grad_hidden[chunk])
                 if ctx.needs_input_grad[1]:
                     product = logits.t() @ hidden[chunk]
                     grad_matrix = product.to(types[1]) if grad_matrix is None else grad_matrix.add_(product)
+                    del product
+                del logits
         distillation, task, num_correct = (torch.stack(part).sum() for part in zip(*parts, strict=True))
-        total = settings.alpha * distillation + settings.beta * task
-        ctx.save_for_backward(None if grad_hidden is None else grad_hidden.to(types[0]), grad_matrix)
+        total = (settings.alpha * distillation + settings.beta * task) / num_tokens
+        grads = None if grad_hidden is None else grad_hidden.to(types[0]), grad_matrix
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(1.0 / num_tokens)
+        ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(distillation, task, num_correct)
         return total, distillation, task, num_correct
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grads = (None if grad is None else grad * grad_outputs[0] for grad in ctx.saved_tensors)
-        return *grads, None, None, None
+        grads, scale = ctx.saved_tensors, grad_outputs[0]
+        if scale.device.type != "cpu" or scale.item() != 1.0:  # elsewhere to look at it would be to wait for it
+            grads = [None if grad is None else grad * scale for grad in grads]
+        return *grads, None, None, None, None
 
 
 def _write_gradients(
@@ -200,12 +212,13 @@ class DistillationLoss:
                     f"the student's {student_matrix.shape[0]}"
                 )
             with torch.no_grad():
-                tempered_hidden = teacher_hidden / self.temperature
-                teacher = _Teacher(_to_product_type(tempered_hidden), _to_product_type(teacher_matrix))
+                hidden = _to_product_type(teacher_hidden / self.temperature)
+                teacher = _Teacher(hidden, _to_product_type(teacher_matrix))
         apply: Callable[..., Any] = _TaskAndDistillation.apply
-        parts = apply(student_hidden, student_matrix, targets, teacher, self)
-        total, distillation, task, num_correct = parts
-        return LossParts(total / num_tokens, distillation / num_tokens, task / num_tokens, num_correct)
+        total, distillation, task, num_correct = apply(
+            student_hidden, student_matrix, targets, teacher, self, num_tokens
+        )
+        return LossParts(total, distillation / num_tokens, task / num_tokens, num_correct)
 
     def write_gradient(
         self, logits: Tensor, targets: Tensor, teacher: Tensor | TopTargets | None
@@ -304,16 +317,17 @@ def compute_gradient_ratio(
     teacher_matrix: Tensor,
 ) -> GradientBalance:
     """Compare the terms on one batch, shapes as in `DistillationLoss`; a ratio under about 0.2 means T is too high."""
-    student_logits = _wide(compute_logits(student_hidden, student_matrix))
-    tempered_teacher = _wide(compute_logits(teacher_hidden / loss.temperature, teacher_matrix))
-    distillation_gradient, task_gradient = student_logits.clone(), student_logits.clone()
     distillation = DistillationLoss(loss.temperature, loss.alpha, 0.0, divergence=loss.divergence)
-    distillation.write_gradient(distillation_gradient, targets, tempered_teacher)
-    DistillationLoss(loss.temperature, 0.0, loss.beta, loss.label_smoothing).write_gradient(
-        task_gradient, targets, None
-    )
-    log_probs = tempered_teacher.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item()
-    task_norm = task_gradient.norm().item()
-    ratio = distillation_gradient.norm().item() / task_norm if task_norm else math.inf
-    return GradientBalance(ratio, math.exp(entropy))
+    task = DistillationLoss(loss.temperature, 0.0, loss.beta, loss.label_smoothing)
+    squares, entropy = [0.0, 0.0], 0.0
+    for rows in _slices(len(targets), max(1, _BALANCE_ELEMENTS // student_matrix.shape[0])):
+        logits = _wide(compute_logits(student_hidden[rows], student_matrix))
+        teacher = _wide(compute_logits(teacher_hidden[rows] / loss.temperature, teacher_matrix))
+        for term, (part, known) in enumerate(((distillation, teacher), (task, None))):
+            gradient = logits.clone()
+            part.write_gradient(gradient, targets[rows], known)
+            squares[term] += gradient.double().square_().sum().item()
+        log_probs = teacher.log_softmax(-1)
+        entropy -= (log_probs.exp() * log_probs).sum().item()
+    ratio = math.sqrt(squares[0] / squares[1]) if squares[1] else math.inf
+    return GradientBalance(ratio, math.exp(entropy / len(targets)))

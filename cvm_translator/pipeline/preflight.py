@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvm_translator.config import RunConfig
 from cvm_translator.corpus.dataset import Batch, DistillationDataset
 from cvm_translator.losses.distillation import DistillationLoss, GradientBalance, compute_gradient_ratio
 from cvm_translator.models.transformer import CvmTransformer
@@ -28,6 +29,12 @@ def needed_disk_bytes(num_parameters: int, num_kept: int, *, has_average: bool) 
     return int(1.1 * (per_checkpoint * (num_kept + 3) + 6 * num_parameters)) + 50 * 2**20
 
 
+def needed_run_bytes(config: RunConfig, student: CvmTransformer) -> int:
+    """Room for what the distillation of this student writes."""
+    has_average = config.distillation.ema_decay > 0
+    return needed_disk_bytes(student.num_parameters(), config.keep_checkpoints, has_average=has_average)
+
+
 def run_preflight(
     context: RunContext,
     student: CvmTransformer,
@@ -39,10 +46,7 @@ def run_preflight(
 ) -> dict[str, Any]:
     """Check and report; returns the figures for the final report. `more_bytes`: what else will be written there."""
     settings = context.config.distillation
-    needed = needed_disk_bytes(
-        student.num_parameters(), context.config.keep_checkpoints, has_average=settings.ema_decay > 0
-    )
-    needed += more_bytes
+    needed = needed_run_bytes(context.config, student) + more_bytes
     check_disk(context.layout.root, needed)
     warnings = check_teacher(teacher_scores, teacher.num_parameters(), student.num_parameters())
     figures: dict[str, Any] = {"needed_disk_bytes": needed}

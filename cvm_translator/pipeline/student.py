@@ -32,7 +32,7 @@ from cvm_translator.pipeline.parts import (
     build_validator,
     cut_for_memory,
 )
-from cvm_translator.pipeline.preflight import describe_preflight, run_preflight
+from cvm_translator.pipeline.preflight import describe_preflight, needed_run_bytes, run_preflight
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
 from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
@@ -103,7 +103,7 @@ def _run_loop(
     calibration = Calibration(dataset, config.quantization.calibration_sentences, config.seed)
     batches = build_batches(context, dataset, settings, config.seed)
     num_epochs = settings.num_iterations / batches.num_batches_per_epoch
-    stored = choose_stored(context, teacher, dataset, num_epochs)
+    stored = choose_stored(context, teacher, dataset, num_epochs, needed_run_bytes(config, student))
     more_bytes = check_room_for_stored(context, stored)
     preflight = run_preflight(context, student, teacher.model, loss, dataset, record["scores"], more_bytes)
     preflight["smallest_detectable_drop"] = validator.detector.smallest_detectable_drop()
@@ -121,6 +121,7 @@ def _run_loop(
             objective=DistillationObjective(student, loss, teacher.model if loss.needs_teacher else None, stored),
             dataset=dataset,
             batches=batches,
+            read_stored=None if stored is None else stored.read,
             store=store,
             events=context.events,
             judge=build_judge(
@@ -161,36 +162,51 @@ def states_directory(context: RunContext) -> Path:
 
 
 def choose_stored(
-    context: RunContext, teacher: Teacher, dataset: DistillationDataset, num_epochs: float
+    context: RunContext, teacher: Teacher, dataset: DistillationDataset, num_epochs: float, own_bytes: int
 ) -> StoredTeacher | None:
-    """What of the teacher is stored, where that is exact and pays or was asked for; None: it runs at each step."""
+    """What of the teacher is stored, where that is exact, pays and has room, or was asked for; None: it runs at each
+    step. `own_bytes`: what the run itself will write into its folder."""
     config, settings = context.config.teacher, context.config.distillation
     if settings.alpha == 0 or not config.store_states or context.config.fault_injection:
         return None
     given = (states_directory(context), teacher.model, teacher.sha256, dataset)
-    is_rounded = uses_bfloat16(settings.precision, context.device)
     if config.top_k is not None:
-        precision = "bfloat16" if is_rounded else "float32"
+        precision = "bfloat16" if uses_bfloat16(settings.precision, context.device) else "float32"
         return TeacherTopTargets(*given, config.top_k, settings.temperature, precision)
-    if num_epochs <= 1.5 or not is_rounded:
+    if num_epochs <= 1.5:
         return None
     stored = TeacherStates(*given)
-    if stored.file.num_bytes <= config.states_budget_mib * 2**20:
+    obstacle = _find_obstacle(context, stored, own_bytes)
+    if obstacle is None:
         return stored
-    context.note(
-        f"teacher states would take {stored.file.num_bytes / 2**20:,.0f} MiB, over teacher.states_budget_mib"
-        f" {config.states_budget_mib}: the teacher runs at each step"
-    )
+    context.note(f"teacher states are not stored: {obstacle}; the teacher runs at each step")
     return None
+
+
+def _find_obstacle(context: RunContext, stored: TeacherStates, own_bytes: int) -> str | None:
+    """Why the states cannot be stored, if they cannot."""
+    config, precision = context.config.teacher, context.config.distillation.precision
+    if not uses_bfloat16(precision, context.device):
+        reason = f"distillation.precision {precision}"
+        reason += "" if precision == "float32" else f", and this {context.device.type} has no bfloat16 products"
+        return f"they are bfloat16 and training is not ({reason})"
+    size = f"they would take {stored.file.num_bytes / 2**20:,.0f} MiB"
+    if stored.file.num_bytes > config.states_budget_mib * 2**20:
+        return f"{size}, over teacher.states_budget_mib {config.states_budget_mib}"
+    needed, folder, sharers = stored.file.num_missing_bytes, stored.file.path.parent, ""
+    if needed and config.cache_dir is None:
+        needed, sharers = needed + own_bytes, " for them and the checkpoints"
+    free = check_disk(folder, 0)
+    return None if needed <= free else f"{size}, and {free / 2**20:,.0f} MiB are free in {folder}{sharers}"
 
 
 def check_room_for_stored(context: RunContext, stored: StoredTeacher | None) -> int:
     """Bytes that it still needs beside the run's own; those of a shared cache elsewhere are asked for here."""
-    if stored is None or stored.file.exists():
+    if stored is None:
         return 0
     if context.config.teacher.cache_dir is None:
-        return stored.file.num_bytes
-    check_disk(stored.file.path.parent, stored.file.num_bytes)
+        return stored.file.num_missing_bytes
+    check_disk(stored.file.path.parent, stored.file.num_missing_bytes)
     return 0
 
 

@@ -107,7 +107,7 @@ def _train_or_reuse_teacher(context: RunContext, corpus: Corpus, tokenizer: Toke
         "model": config.model.model_dump(exclude_none=True),
         "training": config.training.model_dump(exclude_none=True),
         "seed": config.seed,
-        "corpus": [atomic.sha256_file(context.layout.corpus / f"{name}.tsv") for name in ("train", "validation")],
+        "corpus": [corpus.train.sha256, corpus.validation.sha256],
         "tokenizer": tokenizer.sha256,
     }
     record = StageRecord(context.layout, "teacher", inputs)

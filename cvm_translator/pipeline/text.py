@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvm_translator.config.schema import CorpusConfig, TokenizerConfig
-from cvm_translator.corpus.build import ROLES, CorpusSummary, load_split
+from cvm_translator.corpus.build import CorpusSummary
 from cvm_translator.corpus.build import build_corpus as build_corpus_files
 from cvm_translator.corpus.split_file import SplitFile
 from cvm_translator.corpus.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def build_corpus(context: RunContext) -> Corpus:
     config, directory = context.config.corpus, context.layout.corpus
     with stage(context, "corpus") as note:
         summary = prepare_corpus(config, directory, Path.cwd(), context.note)
-        splits = {name: load_split(directory, name) for name in ROLES}
+        splits = summary.open_splits()
         note.skipped = summary.reused
         note.summary = {name: len(pairs) for name, pairs in splits.items()}
     return Corpus(summary, **splits, sha256=summary.sha256)
@@ -61,7 +61,7 @@ def prepare_corpus(
     with contextlib.suppress(FileNotFoundError, ValueError):
         if atomic.read_json(record) == passed:
             return summary
-    splits = {name: load_split(directory, name) for name in ROLES}
+    splits = summary.open_splits()
     check_leakage(splits)
     for name, pairs in splits.items():
         check_alignment(pairs, f"corpus.{name}")
@@ -77,7 +77,13 @@ def build_tokenizer(context: RunContext, corpus: Corpus) -> Tokenizer:
     with stage(context, "tokenizer") as note:
         manifest = context.layout.tokenizer / "manifest.json"
         before = manifest.stat().st_mtime_ns if manifest.exists() else None
-        tokenizer = build_tokenizer_files(config, context.layout.corpus, context.layout.tokenizer, report=context.note)
+        tokenizer = build_tokenizer_files(
+            config,
+            context.layout.corpus,
+            context.layout.tokenizer,
+            report=context.note,
+            train_sha256=corpus.train.sha256,
+        )
         note.skipped = manifest.stat().st_mtime_ns == before
         note.summary = {"pieces": tokenizer.vocab_size}
     return tokenizer

@@ -1,4 +1,4 @@
-"""One holder per run folder.
+"""One holder per run folder, and one at a time of whatever else two runs may share.
 
 Guarantees: of any number of processes that ask at once exactly one gets the lock, and the lock dies with its holder,
 however that ends, since it is an advisory lock of the operating system (flock) on `run.lock`. The file's text names
@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,36 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+@contextlib.contextmanager
+def waited_lock(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+    """Hold a lock that others wait for, on a file that is there only meanwhile.
+
+    `on_wait` is called several times a second while another process holds it, and may raise.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            while not _try_exclusive(descriptor):
+                on_wait()
+            if not _is_file(descriptor, path):
+                continue  # whoever held it has removed the file
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that the path names now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _try_exclusive(descriptor: int) -> bool:

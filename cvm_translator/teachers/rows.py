@@ -1,8 +1,9 @@
 """One record for each real target token of a dataset, computed by the frozen teacher once and read back by pair.
 
 The file holds the records of sentence after sentence in the order of the dataset. Guarantees: it is keyed by the
-teacher's weights, the token ids of every pair and what the records are; it has its name only when it is whole, with its
-hash beside it, and is memory-mapped. A computation that was stopped or killed goes on where its last saved batch was.
+teacher's weights and sizes, the token ids of every pair and what the records are; it has its name only when it is
+whole, with its hash beside it, and is memory-mapped. A computation that was stopped or killed goes on where its last
+saved batch was; of several runs that want the same file one computes and the others wait.
 Not for data that changes between visits (noise, subword sampling, on-policy targets).
 """
 
@@ -25,6 +26,7 @@ from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.tokenizer import PAD_ID
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs import atomic
+from cvm_translator.runs.lock import waited_lock
 
 BUILD_BATCH_SIZE = 64
 SAVE_EVERY_BATCHES = 500
@@ -38,10 +40,11 @@ class RowFile:
     """The records of one teacher and dataset in a folder, there or not yet."""
 
     def __init__(
-        self, directory: Path, kind: str, record: np.dtype[Any], teacher_sha256: str, dataset: DistillationDataset
+        self, directory: Path, kind: str, record: np.dtype[Any], teacher: str, dataset: DistillationDataset
     ) -> None:
-        """`kind` tells what a record is, and is the end of the file's name; `record` is its type."""
-        words = f"{teacher_sha256} {dataset.sha256} {torch.__version__} {kind} {record}"
+        """`kind` tells what a record is, and is the end of the file's name; `record` is its type; `teacher` tells
+        everything that its answers depend on."""
+        words = f"{teacher} {dataset.sha256} {torch.__version__} {kind} {record}"
         self.path = directory / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.{kind}"
         self._dataset, self._record = dataset, record
         lengths = dataset.lengths[:, 1] + 1  # with the end mark
@@ -56,6 +59,15 @@ class RowFile:
         """Size of the file, known before it is made."""
         return self.num_rows * self._record.itemsize
 
+    @property
+    def num_missing_bytes(self) -> int:
+        """What the disk must still have room for."""
+        if self.exists():
+            return 0
+        with contextlib.suppress(FileNotFoundError):
+            return max(0, self.num_bytes - self._beside(".part").stat().st_blocks * 512)
+        return self.num_bytes
+
     def exists(self) -> bool:
         """Whether a whole file is there; what is in it is only known to `is_intact`."""
         return self.path.exists() and self._manifest.exists() and self.path.stat().st_size == self.num_bytes
@@ -69,10 +81,23 @@ class RowFile:
     def make(
         self, teacher: CvmTransformer, encode: Encode, autocast: Autocast, should_stop: Callable[[], None]
     ) -> None:
-        """Compute all records that are missing, each batch under `autocast()`; `should_stop` may raise before each."""
+        """Compute all records that are missing, each batch under `autocast()`; `should_stop` may raise before each, and
+        while another process computes them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part, progress = (self.path.with_name(self.path.name + end) for end in (".part", ".progress.json"))
+        with waited_lock(self._beside(".lock"), should_stop):
+            if not self.is_intact():
+                self._make(teacher, encode, autocast, should_stop)
+
+    def _make(
+        self, teacher: CvmTransformer, encode: Encode, autocast: Autocast, should_stop: Callable[[], None]
+    ) -> None:
+        part, progress = self._beside(".part"), self._beside(".progress.json")
         num_done = self._read_progress(part, progress)
+        if (
+            not num_done
+        ):  # a new file is as long as a finished one at once, so what was said of an old one must go first
+            progress.unlink(missing_ok=True)
+            atomic.fsync_directory(progress.parent)
         with open(part, "r+b" if num_done else "w+b") as stream:
             stream.truncate(self.num_bytes)
             try:
@@ -91,9 +116,12 @@ class RowFile:
         atomic.fsync_directory(self.path.parent)
         progress.unlink()
 
+    def _beside(self, end: str) -> Path:
+        return self.path.with_name(self.path.name + end)
+
     @property
     def _manifest(self) -> Path:
-        return self.path.with_name(self.path.name + ".json")
+        return self._beside(".json")
 
     def _read_progress(self, part: Path, progress: Path) -> int:
         """Batches that are safely in the unfinished file."""

@@ -22,10 +22,16 @@ from numpy.typing import NDArray
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.losses import TopTargets, compute_logits, find_top_targets
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs import atomic
 from cvm_translator.teachers.rows import Autocast, Encode, RowFile
 
 MASS_SAMPLE = 20_000
 """Tokens of which the mean mass is told."""
+
+
+def describe_teacher(teacher: CvmTransformer, weights_sha256: str) -> str:
+    """All that a teacher's answers depend on: its weights, and its sizes, heads and slots, which these do not tell."""
+    return f"{weights_sha256} {atomic.sha256_json(teacher.config.model_dump(exclude_none=True))}"
 
 
 class StoredTeacher(abc.ABC):
@@ -36,6 +42,10 @@ class StoredTeacher(abc.ABC):
     def make(self, teacher: CvmTransformer, autocast: Autocast, should_stop: Callable[[], None]) -> None:
         """Compute what is missing of the file (see `RowFile.make`)."""
         self.file.make(teacher, self._build_encoder(teacher), autocast, should_stop)
+
+    @abc.abstractmethod
+    def read(self, indices: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+        """At the N real target tokens of the pairs, in the order of a flattened batch: tensors of N rows."""
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -50,7 +60,7 @@ class TeacherStates(StoredTeacher):
 
     def __init__(self, directory: Path, teacher: CvmTransformer, sha256: str, dataset: DistillationDataset) -> None:
         record = np.dtype((np.int16, (teacher.config.dim,)))
-        self.file = RowFile(directory, "states", record, sha256, dataset)
+        self.file = RowFile(directory, "states", record, describe_teacher(teacher, sha256), dataset)
 
     def _build_encoder(self, teacher: CvmTransformer) -> Encode:
         return lambda hidden: hidden.to(torch.bfloat16).cpu().view(torch.int16).numpy()
@@ -58,6 +68,9 @@ class TeacherStates(StoredTeacher):
     def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """(N, D) bfloat16: the states of the real target tokens of the pairs, in the order of a flattened batch."""
         return torch.from_numpy(self.file.gather(indices)).view(torch.bfloat16)
+
+    def read(self, indices: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+        return (self.gather(indices),)
 
     def describe(self) -> str:
         return "teacher states"
@@ -81,7 +94,8 @@ class TeacherTopTargets(StoredTeacher):
         index = np.uint16 if teacher.vocab_size <= 1 << 16 else np.int32
         record = np.dtype([("indices", index, (self._k,)), ("log_probs", np.float16, (self._k,))])
         self._record = record
-        self.file = RowFile(directory, f"top-at-{temperature:g}-{precision}", record, sha256, dataset)
+        kind = f"top-at-{temperature:g}-{precision}"
+        self.file = RowFile(directory, kind, record, describe_teacher(teacher, sha256), dataset)
 
     def _build_encoder(self, teacher: CvmTransformer) -> Encode:
         matrix = teacher.embedding.matrix()
@@ -100,6 +114,10 @@ class TeacherTopTargets(StoredTeacher):
         return TopTargets(
             torch.from_numpy(records["indices"].astype(np.int64)), torch.from_numpy(records["log_probs"].copy())
         )
+
+    def read(self, indices: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+        found = self.gather(indices)
+        return found.indices, found.log_probs
 
     def describe(self) -> str:
         """With the share of the teacher's distribution that is kept, over tokens all over the corpus."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,7 +34,10 @@ def learning_rate_factor(faults: list[FaultInjection]) -> float:
 def corrupt_batch(faults: list[FaultInjection], batch: Batch) -> Batch:
     """Give each source its neighbour's target."""
     if any(fault.kind == "shuffled_targets" for fault in faults):
-        return dataclasses.replace(batch, tgt_in=batch.tgt_in.roll(1, 0), tgt_out=batch.tgt_out.roll(1, 0))
+        sources, targets = batch.lengths.T
+        lengths = np.stack([sources, np.roll(targets, 1)], axis=1)
+        tgt_in, tgt_out = batch.tgt_in.roll(1, 0), batch.tgt_out.roll(1, 0)
+        return dataclasses.replace(batch, tgt_in=tgt_in, tgt_out=tgt_out, lengths=lengths, stored=())
     return batch
 
 

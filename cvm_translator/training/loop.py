@@ -55,7 +55,8 @@ class TrainingLoop:
 
     def run(self) -> LoopOutcome:
         """Train to the end, resuming from the newest valid checkpoint if there is one. Raises Stopped."""
-        with BatchFeed(self.setup.dataset, self.setup.batches, self.setup.device) as self._feed:
+        setup = self.setup
+        with BatchFeed(setup.dataset, setup.batches, setup.device, setup.read_stored) as self._feed:
             return self._run()
 
     def _run(self) -> LoopOutcome:

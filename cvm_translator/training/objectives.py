@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from cvm_translator.corpus.dataset import Batch
-from cvm_translator.corpus.tokenizer import PAD_ID
 from cvm_translator.losses import DistillationLoss, LossParts, TopTargets
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
 
 
 def find_real_targets(batch: Batch) -> torch.Tensor:
-    """(N,) places of the real target tokens in the flattened (B, T) batch."""
-    return (batch.tgt_out != PAD_ID).flatten().nonzero().squeeze(1)
+    """(N,) places of the real target tokens in the flattened (B, T) batch; from their counts, so no device is asked."""
+    is_real = np.arange(batch.tgt_out.shape[1]) < batch.lengths[:, 1:]
+    places, device = torch.from_numpy(np.flatnonzero(is_real)), batch.tgt_out.device
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
 
 
 class _Known(NamedTuple):
@@ -44,7 +46,8 @@ class Objective(Protocol):
 class DistillationObjective:
     """alpha · T² · divergence from the teacher + beta · cross-entropy; the task term alone without a teacher.
 
-    The teacher runs in evaluation mode and without gradients; with `stored`, what it said is read instead.
+    The teacher runs in evaluation mode and without gradients; with `stored`, what it said is taken from the batch, or
+    read where the batch does not bring it.
     """
 
     def __init__(
@@ -83,11 +86,13 @@ class DistillationObjective:
     def _ask_teacher(self, batch: Batch, real: torch.Tensor) -> _Known:
         if self.teacher is None:
             return _Known()
-        device = batch.src.device
+        rows = batch.stored
+        if self.stored is not None and not rows:
+            rows = tuple(part.to(batch.src.device) for part in self.stored.read(batch.indices))
         if isinstance(self.stored, TeacherTopTargets):
-            return _Known(top_targets=self.stored.gather(batch.indices).to(device))
+            return _Known(top_targets=TopTargets(*rows))
         if isinstance(self.stored, TeacherStates):
-            hidden, matrix = self.stored.gather(batch.indices).to(device), self.teacher.embedding.matrix()
+            hidden, matrix = rows[0], self.teacher.embedding.matrix()
         else:
             hidden, matrix = self.teacher(batch.src, batch.src_mask, batch.tgt_in)
             hidden = hidden.flatten(0, 1)[real]

@@ -12,6 +12,7 @@ from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.config.schema import FaultInjection, GuardConfig, TrainingConfig
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.corpus.prefetch import ReadStored
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter
@@ -55,6 +56,8 @@ class LoopSetup:
     """What observers ask for, if anybody can."""
     cost: StepCost | None = None
     """What a step's arithmetic is, where its share of the machine's is to be told."""
+    read_stored: ReadStored | None = None
+    """Reads what is stored of the teacher, so that the batches bring it."""
     faults: list[FaultInjection] | None = None
     num_threads: int | None = None
     """The thread count that the config asks for, if it asks for one."""

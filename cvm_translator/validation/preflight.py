@@ -6,6 +6,7 @@ where and what to do; what may be meant that way (a poor teacher, a lopsided los
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cvm_translator.corpus.parallel import map_in_order
 from cvm_translator.corpus.records import Pair
-from cvm_translator.corpus.text import make_key
+from cvm_translator.corpus.text import hash_key, make_key
 from cvm_translator.errors import CorpusError, RunFolderError
 from cvm_translator.metrics.base import FloatArray
 from cvm_translator.metrics.bertscore import derangement
@@ -35,6 +38,7 @@ MIN_LENGTH_SPREAD = 0.3  # of log lengths; where all texts are equally long, len
 MIN_TEACHER_BLEU = 10.0
 MAX_SIZE_RATIO = 10.0
 MIN_GRADIENT_RATIO = 0.2
+LEAKAGE_CHUNK_PAIRS = 10_000
 
 
 @dataclass(frozen=True)
@@ -155,22 +159,38 @@ def check_alignment(corpus: Sequence[Pair], name: str = "corpus.train") -> None:
 def check_leakage(splits: Mapping[str, Sequence[Pair]]) -> None:
     """Refuse splits that share a sentence or a near-duplicate on either side.
 
-    Memory goes with all splits but the largest, which is read once and not kept.
+    Memory goes with all splits but the largest, which is read once, by all cores, and not kept.
     """
     largest = max(splits, key=lambda name: len(splits[name]))
     owners: tuple[dict[str, tuple[str, int]], ...] = ({}, {})
-    for name in [*(other for other in splits if other != largest), largest]:
+    for name in (other for other in splits if other != largest):
         for index, pair in enumerate(splits[name]):
-            for label, text, owner_of in zip(("source", "target"), pair[:2], owners, strict=True):
-                key = make_key(text)
-                owner, place = owner_of.get(key, (name, index))
-                if owner != name:
-                    raise CorpusError(
-                        f"corpus: {label} {text[:80]!r} of {name} (pair {index + 1:,}) is in {owner} as well "
-                        f"(pair {place + 1:,}): scores would be flattered; remove it from one of the two"
-                    )
-                if name != largest:
-                    owner_of[key] = owner, place
+            for side, text in enumerate(pair[:2]):
+                owner = owners[side].setdefault(make_key(text), (name, index))
+                if owner[0] != name:
+                    raise _describe_leak(side, text, (name, index), owner)
+    known = [np.fromiter(map(hash_key, keys), dtype=np.uint64, count=len(keys)) for keys in owners]
+    pairs = iter(splits[largest])
+    chunks = iter(lambda: [pair[:2] for pair in itertools.islice(pairs, LEAKAGE_CHUNK_PAIRS)], [])
+    for number, hashes in enumerate(map_in_order(_hash_sides, chunks)):
+        suspects = np.isin(hashes[:, 0], known[0]) | np.isin(hashes[:, 1], known[1])
+        for index in (number * LEAKAGE_CHUNK_PAIRS + np.flatnonzero(suspects)).tolist():
+            for side, text in enumerate(splits[largest][index][:2]):
+                owner = owners[side].get(make_key(text), (largest, index))
+                if owner[0] != largest:
+                    raise _describe_leak(side, text, (largest, index), owner)
+
+
+def _hash_sides(pairs: Sequence[tuple[str, str]]) -> NDArray[np.uint64]:
+    """(N, 2) hashes of the keys of both sides."""
+    return np.array([[hash_key(make_key(text)) for text in pair] for pair in pairs], dtype=np.uint64)
+
+
+def _describe_leak(side: int, text: str, place: tuple[str, int], owner: tuple[str, int]) -> CorpusError:
+    return CorpusError(
+        f"corpus: {('source', 'target')[side]} {text[:80]!r} of {place[0]} (pair {place[1] + 1:,}) is in {owner[0]} as"
+        f" well (pair {owner[1] + 1:,}): scores would be flattered; remove it from one of the two"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- teacher and loss

@@ -98,6 +98,23 @@ def test_little_is_padding(size: dict[str, int], least: float) -> None:
     assert schedule.padding_efficiency() == pytest.approx(real / padded)
 
 
+def test_the_padding_of_many_batches_is_told_from_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = BatchSchedule(make_text_lengths(40_000), 32, seed=3)
+    exact = schedule.padding_efficiency()
+    monkeypatch.setattr("cvm_translator.corpus.batches.PADDING_SAMPLE", 100)
+    lengths, seen = schedule._lengths, []
+
+    class Watched:
+        def __getitem__(self, batch: np.ndarray) -> np.ndarray:
+            seen.append(int(batch[0]))
+            return lengths[batch]
+
+    schedule._lengths = Watched()  # type: ignore[assignment]
+    sampled = schedule.padding_efficiency()
+    assert sampled == pytest.approx(exact, abs=0.02) and sampled == schedule.padding_efficiency()
+    assert 50 < len(set(seen)) <= 100
+
+
 @settings(max_examples=40, deadline=None)
 @given(count=st.integers(1, 300), batch_tokens=st.integers(1, 400))
 def test_a_token_budget_is_kept_and_every_sentence_is_seen(count: int, batch_tokens: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -86,3 +88,22 @@ def test_moving_keeps_everything() -> None:
     moved = batch.to("cpu")
     assert torch.equal(moved.src, batch.src) and moved.num_tokens == batch.num_tokens
     assert moved.indices.tolist() == [0]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_cutting_asks_no_device(num_parts: int) -> None:
+    """Nothing can be read from the meta device."""
+    data = DistillationDataset([[5, 6], [5], [7, 8, 9]], [[7], [8, 9], [4]])
+    here = data.batch([0, 1, 2])
+    parts = here.to("meta").split(num_parts)
+    for part, expected in zip(parts, here.split(num_parts), strict=True):
+        assert (part.num_tokens, part.num_source_tokens) == (expected.num_tokens, expected.num_source_tokens)
+        assert part.src.shape == expected.src.shape and part.tgt_out.shape == expected.tgt_out.shape
+
+
+def test_what_is_stored_is_cut_with_its_sentences() -> None:
+    data = DistillationDataset([[5], [6], [7]], [[7], [8, 9], [4, 5, 6]])
+    batch = dataclasses.replace(data.batch([2, 0, 1]), stored=(torch.arange(9), torch.arange(18).view(9, 2)))
+    parts = batch.to("cpu").split(3)
+    assert [part.stored[0].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5], [6, 7, 8]]
+    assert torch.equal(torch.cat([part.stored[1] for part in parts]), batch.stored[1])

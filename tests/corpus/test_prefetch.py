@@ -82,3 +82,29 @@ def test_an_error_of_a_batch_that_nobody_asks_for_is_dropped() -> None:
         dataset.fails_from = 1_000
         schedule.change_stream(4)
         assert feed.next().indices.tolist() == BatchSchedule(dataset.lengths, 4, seed=3, stream=4).next().tolist()
+
+
+def test_what_is_stored_of_the_teacher_is_read_ahead_by_the_other_thread() -> None:
+    dataset, threads = make_dataset(), list[str]()
+
+    def read(indices: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+        threads.append(threading.current_thread().name)
+        return (torch.from_numpy(indices.repeat(2)),)
+
+    with BatchFeed(dataset, make_schedule(dataset), torch.device("cpu"), read) as feed:
+        for _ in range(5):
+            batch = feed.next()
+            assert batch.stored[0].tolist() == batch.indices.repeat(2).tolist()
+    assert all(name.startswith("batches") for name in threads[1:]) and len(threads) >= 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_arrive_whole_on_a_cuda_device() -> None:
+    dataset, device = make_dataset(), torch.device("cuda")
+    alone, fed = make_schedule(dataset), make_schedule(dataset)
+    with BatchFeed(dataset, fed, device, lambda indices: (torch.from_numpy(indices),)) as feed:
+        for _ in range(25):
+            expected, batch = dataset.batch(alone.next()), feed.next()
+            torch.cuda._sleep(1_000_000)  # a step that is still running when the next copy begins
+            assert torch.equal(batch.src.cpu(), expected.src) and torch.equal(batch.tgt_out.cpu(), expected.tgt_out)
+            assert batch.stored[0].tolist() == expected.indices.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -101,6 +102,34 @@ def test_the_logits_of_all_tokens_never_exist_together(monkeypatch):
     assert seen.num_elements == V * TEACHER_D < N * V
 
 
+class Living(TorchDispatchMode):
+    """How many results of matrix products of V columns live at the same time, and what is scaled whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[weakref.ref[Tensor]] = []
+        self.most = 0
+        self.scaled: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.shape[1] == V:
+            self.results.append(weakref.ref(result))
+            self.most = max(self.most, sum(ref() is not None for ref in self.results))
+        if func is torch.ops.aten.mul.Tensor:
+            self.scaled.append(tuple(result.shape))
+        return result
+
+
+def test_one_chunks_logits_live_at_a_time_and_no_gradient_is_copied(monkeypatch):
+    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 4 * V)
+    batch = make_batch()
+    with Living() as seen:
+        compute_ours(DistillationLoss(2.0, 0.8, 0.2), batch, N).total.backward()
+    assert len(seen.results) == 2 * math.ceil(N / 4) and seen.most == 2
+    assert not {tuple(leaf.shape) for leaf in batch[:2]} & {*seen.scaled}
+
+
 def test_float32_is_close_to_float64_also_for_large_logits():
     wide, narrow = make_batch(), make_batch(torch.float32)
     loss = DistillationLoss(2.0, 0.8, 0.2)
@@ -179,10 +208,14 @@ def test_bad_calls_are_refused():
         DistillationLoss(0.0, 0.8, 0.2)
 
 
-def test_gradient_ratio_and_effective_targets():
+@pytest.mark.parametrize("elements", [1 << 22, 5 * V])
+def test_gradient_ratio_and_effective_targets(monkeypatch, elements):
+    monkeypatch.setattr(distillation, "_BALANCE_ELEMENTS", elements)
     batch = make_batch()
     alpha, beta, temperature = 0.8, 0.2, 4.0
-    balance = compute_gradient_ratio(DistillationLoss(temperature, alpha, beta), *batch)
+    with LargestTensor() as seen:
+        balance = compute_gradient_ratio(DistillationLoss(temperature, alpha, beta), *batch)
+    assert seen.num_elements == (N * V if elements > N * V else V * TEACHER_D)
     student = (batch[0] @ batch[1].T).detach().requires_grad_()
     teacher = (batch[3] @ batch[4].T) / temperature
     divergence = functional.kl_div(

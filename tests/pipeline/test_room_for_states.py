@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from cvm_translator.config import DistillationConfig
+from cvm_translator.config.schema import ModelConfig
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.errors import RunFolderError
 from cvm_translator.pipeline.student import check_room_for_stored, choose_stored
 from cvm_translator.runs.layout import RunLayout
-from cvm_translator.teachers.states import TeacherStates, TeacherTopTargets
+from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
+from cvm_translator.training import device
 
 DIM = 16
+NEEDED = 20 * 6 * DIM * 2
+OWN_BYTES = 5000
 
 
 @pytest.fixture
@@ -30,56 +34,98 @@ def dataset() -> DistillationDataset:
 
 @pytest.fixture
 def teacher() -> Any:
-    return SimpleNamespace(sha256="abc", model=SimpleNamespace(config=SimpleNamespace(dim=DIM), vocab_size=100))
+    config = ModelConfig(dim=DIM, num_heads=2)
+    return SimpleNamespace(sha256="abc", model=SimpleNamespace(config=config, vocab_size=100))
 
 
-def make_context(root: Path, notes: list[str], **teacher: Any) -> Any:
+def make_context(root: Path, notes: list[str], *, precision: str = "bfloat16", **teacher: Any) -> Any:
     model = {"dim": DIM, "num_heads": 2}
     config = DistillationConfig(
-        distillation={"precision": "bfloat16"}, teacher={"model": model, **teacher}, student={"model": model}
+        distillation={"precision": precision}, teacher={"model": model, **teacher}, student={"model": model}
     )
     layout = RunLayout(root)
     return SimpleNamespace(config=config, layout=layout, device=torch.device("cpu"), note=notes.append)
 
 
+def choose(context: Any, teacher: Any, dataset: DistillationDataset, num_epochs: float = 10.0) -> StoredTeacher | None:
+    return choose_stored(context, teacher, dataset, num_epochs, OWN_BYTES)
+
+
 def test_states_that_are_not_there_yet_need_room(tmp_path: Path, dataset: DistillationDataset, teacher: Any) -> None:
     context = make_context(tmp_path, [])
-    stored = choose_stored(context, teacher, dataset, num_epochs=10.0)
+    stored = choose(context, teacher, dataset)
     assert isinstance(stored, TeacherStates)
-    needed = 20 * 6 * DIM * 2
-    assert check_room_for_stored(context, stored) == needed
+    assert check_room_for_stored(context, stored) == NEEDED
     stored.file.path.parent.mkdir(parents=True)
-    stored.file.path.write_bytes(b"\0" * needed)
+    stored.file.path.write_bytes(b"\0" * NEEDED)
     stored.file.path.with_name(stored.file.path.name + ".json").write_text("{}")
     assert check_room_for_stored(context, stored) == 0
 
 
-def test_a_shared_cache_is_asked_for_its_own_room(
+def set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+@pytest.mark.parametrize(("cache", "needed"), [(None, NEEDED + OWN_BYTES), ("cache", NEEDED)])
+def test_states_that_find_no_room_give_way_to_the_teacher(
+    cache: str | None,
+    needed: int,
+    tmp_path: Path,
+    dataset: DistillationDataset,
+    teacher: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes: list[str] = []
+    context = make_context(tmp_path / "run", notes, cache_dir=cache and tmp_path / cache)
+    set_free(monkeypatch, needed)
+    stored = choose(context, teacher, dataset)
+    assert isinstance(stored, TeacherStates) and not notes
+    set_free(monkeypatch, needed - 1)
+    assert choose(context, teacher, dataset) is None
+    assert "MiB are free in" in notes[0] and "the teacher runs at each step" in notes[0]
+    part = stored.file.path.with_name(stored.file.path.name + ".part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"\1" * NEEDED)  # what an earlier start has written is not asked for again
+    assert isinstance(choose(context, teacher, dataset), TeacherStates)
+
+
+def test_targets_that_were_asked_for_have_no_way_out(
     tmp_path: Path, dataset: DistillationDataset, teacher: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = make_context(tmp_path / "run", [], cache_dir=tmp_path / "cache")
-    stored = choose_stored(context, teacher, dataset, num_epochs=10.0)
+    context = make_context(tmp_path / "run", [], cache_dir=tmp_path / "cache", top_k=8)
+    stored = choose(context, teacher, dataset)
     assert check_room_for_stored(context, stored) == 0
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    set_free(monkeypatch, 999)
     with pytest.raises(RunFolderError, match="make room"):
         check_room_for_stored(context, stored)
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_states_that_training_would_not_round_to_are_not_stored(
+    precision: str, tmp_path: Path, dataset: DistillationDataset, teacher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "has_native_bfloat16", lambda _: False)
+    notes: list[str] = []
+    assert choose(make_context(tmp_path, notes, precision=precision), teacher, dataset) is None
+    (note,) = notes
+    assert f"distillation.precision {precision}" in note and ("no bfloat16" in note) == (precision == "auto")
 
 
 def test_states_over_the_budget_need_none(tmp_path: Path, dataset: DistillationDataset, teacher: Any) -> None:
     notes: list[str] = []
     context = make_context(tmp_path, notes)
-    teacher.model.config.dim = 2**29
-    assert choose_stored(context, teacher, dataset, num_epochs=10.0) is None
+    teacher.model.config = ModelConfig(dim=2**29, num_heads=2)
+    assert choose(context, teacher, dataset) is None
     assert "over teacher.states_budget_mib" in notes[0]
 
 
 def test_states_do_not_pay_for_one_epoch(tmp_path: Path, dataset: DistillationDataset, teacher: Any) -> None:
-    assert choose_stored(make_context(tmp_path, []), teacher, dataset, num_epochs=1.0) is None
+    assert choose(make_context(tmp_path, []), teacher, dataset, num_epochs=1.0) is None
     assert check_room_for_stored(make_context(tmp_path, []), None) == 0
 
 
 def test_top_targets_are_stored_where_they_are_asked_for(
     tmp_path: Path, dataset: DistillationDataset, teacher: Any
 ) -> None:
-    stored = choose_stored(make_context(tmp_path, [], top_k=8, states_budget_mib=1), teacher, dataset, num_epochs=1.0)
+    stored = choose(make_context(tmp_path, [], top_k=8, states_budget_mib=1), teacher, dataset, num_epochs=1.0)
     assert isinstance(stored, TeacherTopTargets) and stored.file.num_bytes == 20 * 6 * 8 * 4

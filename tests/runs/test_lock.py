@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cvm_translator.errors import RunFolderError
-from cvm_translator.runs.lock import RunLock, process_start_time, read_holder
+from cvm_translator.runs.lock import RunLock, process_start_time, read_holder, waited_lock
 
 CONTENDER = """
 import sys
@@ -130,3 +131,37 @@ def test_readers_do_not_turn_a_holder_away(path: Path) -> None:
 def test_start_times_tell_processes_apart() -> None:
     assert process_start_time(os.getpid()) is not None
     assert process_start_time(2**22 + 1) is None
+
+
+WAITER = """
+import sys, time
+from pathlib import Path
+from cvm_translator.runs.lock import waited_lock
+path, log = Path(sys.argv[1]), Path(sys.argv[2])
+for _ in range(20):
+    with waited_lock(path, lambda: None):
+        begin = time.monotonic_ns()
+        time.sleep(0.002)
+        with open(log, "a") as stream:
+            stream.write(f"{begin} {time.monotonic_ns()}\\n")
+"""
+
+
+def test_those_who_wait_come_one_after_the_other_and_leave_no_file(tmp_path: Path) -> None:
+    lock, log = tmp_path / "file.lock", tmp_path / "log"
+    processes = [subprocess.Popen([sys.executable, "-c", WAITER, str(lock), str(log)]) for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0, 0]
+    spans = sorted(tuple(map(int, line.split())) for line in log.read_text().splitlines())
+    assert len(spans) == 80
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    assert not lock.exists()
+
+
+def test_a_wait_may_be_given_up(tmp_path: Path) -> None:
+    def give_up() -> None:
+        raise TimeoutError
+
+    with waited_lock(tmp_path / "lock", give_up):
+        with pytest.raises(TimeoutError), waited_lock(tmp_path / "lock", give_up):
+            pass
+        assert (tmp_path / "lock").exists()

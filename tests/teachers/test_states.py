@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -119,6 +122,18 @@ def test_the_loss_and_its_gradient_are_those_of_the_online_teacher(
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
 
 
+def test_states_that_the_batch_brings_are_those_that_would_be_read(
+    teacher: CvmTransformer, dataset: DistillationDataset, states: TeacherStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, student = dataset.batch(INDICES), make_model(16, 2)
+    objective = DistillationObjective(student, DistillationLoss(1.5, 1.0, 0.0), teacher, states)
+    bringing = dataclasses.replace(batch, stored=states.read(INDICES))
+    with torch.no_grad(), BFLOAT16():
+        read = [objective(part, batch.num_tokens).total.item() for part in batch.split(3)]
+        monkeypatch.setattr(states.file, "gather", None)  # nothing is read any more
+        assert [objective(part, batch.num_tokens).total.item() for part in bringing.split(3)] == read
+
+
 def test_the_wrong_pairs_states_would_show(
     teacher: CvmTransformer, dataset: DistillationDataset, states: TeacherStates
 ) -> None:
@@ -199,6 +214,81 @@ def test_progress_without_its_file_counts_nothing(
     expected = TeacherStates(tmp_path / "other", teacher, "a" * 64, dataset)
     fill(expected, teacher)
     assert stored.file.path.read_bytes() == expected.file.path.read_bytes()
+
+
+def test_progress_of_an_older_file_is_not_taken_for_that_of_a_new_one(
+    teacher: CvmTransformer, dataset: DistillationDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the first save: the new file is as long as a whole one, and nothing is in it."""
+    stored = TeacherStates(tmp_path, teacher, "a" * 64, dataset)
+    stored.file.path.with_name(stored.file.path.name + ".progress.json").write_text('{"num_batches": 2}')
+    with monkeypatch.context() as killed, pytest.raises(Stopped):
+        killed.setattr(rows, "_save_progress", lambda *_: None)
+        fill(stored, teacher, stop_here)
+    fill(stored, teacher)
+    expected = TeacherStates(tmp_path / "other", teacher, "a" * 64, dataset)
+    fill(expected, teacher)
+    assert stored.file.path.read_bytes() == expected.file.path.read_bytes()
+
+
+def stop_here() -> None:
+    raise Stopped(15)
+
+
+def test_a_teacher_of_other_sizes_has_another_file(dataset: DistillationDataset, tmp_path: Path) -> None:
+    """The same weights with other heads, or with slots, say something else."""
+    plain = make_model(32, 1)
+    names = {TeacherStates(tmp_path, plain, "a" * 64, dataset).file.path.name}
+    for change in ({"num_heads": 4}, {"core_capacity": 4}):
+        other = make_model(32, 1)
+        other.config = other.config.model_copy(update=change)
+        names.add(TeacherStates(tmp_path, other, "a" * 64, dataset).file.path.name)
+    assert len(names) == 3
+
+
+CONTENDER = """
+import sys, time
+from pathlib import Path
+import numpy as np, torch
+from cvm_translator.config.schema import ModelConfig
+from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.models.initialization import init_random
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.teachers import rows
+from cvm_translator.teachers.states import TeacherStates
+
+torch.set_num_threads(1)
+rows.BUILD_BATCH_SIZE = 4
+teacher = CvmTransformer(
+    ModelConfig(dim=8, num_heads=2, feed_forward_dim=8, encoder_layers=1, decoder_layers=1, max_length=32), 40
+)
+init_random(teacher, 1)
+generator = np.random.default_rng(0)
+sources = [generator.integers(4, 40, generator.integers(1, 20)).tolist() for _ in range(100)]
+dataset = DistillationDataset(sources, sources)
+computed = []
+compute = rows.RowFile._compute
+rows.RowFile._compute = lambda self, *given: (time.sleep(0.02), computed.append(1), compute(self, *given))
+stored = TeacherStates(Path(sys.argv[1]), teacher, "a" * 64, dataset)
+print("ready", flush=True)
+sys.stdin.readline()
+stored.make(teacher, lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: None)
+print(len(computed), stored.file.is_intact(), flush=True)
+"""
+
+
+def test_two_runs_that_want_the_same_file_compute_it_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CONTENDER, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answers = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert sorted(answers) == [["0", "True"], ["25", "True"]]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_top_targets_are_those_of_the_online_teacher(

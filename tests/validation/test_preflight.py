@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import CorpusError, RunFolderError
+from cvm_translator.validation import preflight
 from cvm_translator.validation.preflight import (
     check_alignment,
     check_disk,
@@ -99,6 +102,24 @@ def test_a_shared_sentence_or_near_duplicate_on_either_side_is_refused(pair: tup
     for splits in ({"train": train, "test": test}, {"test": test, "train": train}):
         with pytest.raises(CorpusError, match=message):
             check_leakage(splits)
+
+
+def test_the_largest_split_is_read_in_chunks_by_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks: list[int] = []
+
+    def map_here(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            chunks.append(len(item))
+            yield function(item)
+
+    monkeypatch.setattr(preflight, "map_in_order", map_here)
+    monkeypatch.setattr(preflight, "LEAKAGE_CHUNK_PAIRS", 3)
+    words = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht"]
+    train, test = pair_up(words, [word.upper() + "ER" for word in words]), [Pair("neu", "Siebener", "")]
+    with pytest.raises(CorpusError, match=r"target 'SIEBENER' of train \(pair 7\) is in test as well \(pair 1\)"):
+        check_leakage({"train": train, "test": test})
+    assert chunks == [3, 3, 2]
+    check_leakage({"train": train[:6], "test": test})
 
 
 @pytest.mark.parametrize(

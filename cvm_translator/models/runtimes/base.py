@@ -24,8 +24,8 @@ class RuntimeSettings:
     device: str = "cpu"
     num_threads: int | None = None
     """Threads within one batch; None leaves the choice to the library."""
-    num_workers: int = 1
-    """Batches translated at the same time (CTranslate2)."""
+    num_workers: int | None = None
+    """Batches translated at the same time (CTranslate2); None: one, or where num_threads is open too, one a core."""
     precision: str = "float32"
     """What a float32 model computes in: float32 or bfloat16 (native)."""
 
@@ -69,9 +69,10 @@ def load_export_facts(folder: Path, format_name: str) -> dict[str, Any]:
     if not folder.exists():
         raise ModelError(f"there is no model folder {folder}: check the path")
     if not path.is_file():
+        model = folder / "student" if (folder / "student").is_dir() else folder
         raise ModelError(
-            f"{folder} is no {format_name} export: it has no {EXPORT_FILE}; make one with "
-            f"cvm-translator export --format {format_name}"
+            f"{folder} is no {format_name} export: it has no {EXPORT_FILE}; make one with cvm-translator export"
+            f" --model {model} --format {format_name} --output {model / format_name}, and name that folder"
         )
     try:
         facts = read_json(path)

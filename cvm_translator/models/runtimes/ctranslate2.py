@@ -1,12 +1,14 @@
 """CTranslate2 (extra `ctranslate2`): fast decoding on CPUs, of folders that `export --format ctranslate2` wrote.
 
-Greedy output equals the native runtime's in the same number format but for numerical ties. Beam search is
-CTranslate2's own and may differ. On processors that are not Intel's it uses AVX2 even where AVX-512 is there; the
-environment variable CT2_FORCE_CPU_ISA=AVX512, set before the program starts, changes that.
+One batch is decoded on every core unless the settings say otherwise, which is faster than all cores on one batch.
+Greedy output equals the native runtime's in the same number format but for numerical ties. Beam search is CTranslate2's
+own and may differ. On processors that are not Intel's it uses AVX2 even where AVX-512 is there; the environment
+variable CT2_FORCE_CPU_ISA=AVX512, set before the program starts, changes that.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -26,6 +28,13 @@ from cvm_translator.models.runtimes.base import (
 WEIGHTS_FILE, MAP_FILE = "model.bin", "vmap.txt"
 
 
+def arrange(settings: RuntimeSettings) -> tuple[int, int]:
+    """Batches at the same time, and threads within each: one thread on every core, unless either was chosen."""
+    if settings.num_workers is None and settings.num_threads is None:
+        return len(os.sched_getaffinity(0)), 1
+    return settings.num_workers or 1, settings.num_threads or 0
+
+
 class Ctranslate2Runtime(Runtime):
     """An exported folder, or a run's `student` folder with one of the name `ctranslate2` in it."""
 
@@ -36,12 +45,13 @@ class Ctranslate2Runtime(Runtime):
 
     def _load(self, model: Path, tokenizer: Path, settings: RuntimeSettings) -> None:
         library = import_optional("ctranslate2", "ctranslate2")
+        self._num_workers, num_threads = arrange(settings)
         try:
             self._translator = library.Translator(
                 str(model),
                 device=settings.device,
-                inter_threads=settings.num_workers,
-                intra_threads=settings.num_threads or 0,
+                inter_threads=self._num_workers,
+                intra_threads=num_threads,
             )
             self.text_tokenizer = Tokenizer.load(tokenizer)
         except (RuntimeError, ValueError, OSError, CvmError) as error:
@@ -59,7 +69,8 @@ class Ctranslate2Runtime(Runtime):
     ) -> list[list[int]]:
         max_length = self.facts["max_length"]
         waiting = []
-        for chosen in cut_batches(sources, batch_size // beam_size):
+        share = -(-len(sources) // self._num_workers)  # smaller batches where a worker would have none
+        for chosen in cut_batches(sources, min(batch_size // beam_size, share)):
             limits = [limit_output(len(sources[i]), max_length) for i in chosen]
             outputs = self._translator.translate_batch(
                 [[self._pieces[index] for index in sources[i]] for i in chosen],

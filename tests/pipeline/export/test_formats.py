@@ -18,7 +18,7 @@ import torch
 
 from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.models.folder import load_model
-from cvm_translator.models.runtimes import load_runtime
+from cvm_translator.models.runtimes import RuntimeSettings, load_runtime
 from cvm_translator.pipeline.export.ctranslate2 import build_specification
 from cvm_translator.quantization import AdvancedQuantizer, QuantizationType
 
@@ -274,3 +274,22 @@ def test_a_student_folder_may_hold_its_ctranslate2_export(exports: Any, tmp_path
     texts = exports.read_rows()[0][:3]
     expected = exports.load("ctranslate2", "float32").translate(texts)
     assert load_runtime("ctranslate2", tmp_path).translate(texts) == expected
+
+
+def test_few_sentences_are_shared_out_among_the_workers(exports: Any) -> None:
+    folder = exports.get("ctranslate2", "float32")
+    runtime = load_runtime("ctranslate2", folder, RuntimeSettings(num_threads=1, num_workers=2))
+    sizes: list[int] = []
+
+    class Watched:
+        def __init__(self, translator: Any) -> None:
+            self.translator = translator
+
+        def translate_batch(self, batch: list[list[str]], **options: Any) -> Any:
+            sizes.append(len(batch))
+            return self.translator.translate_batch(batch, **options)
+
+    runtime._translator = Watched(runtime._translator)  # type: ignore[attr-defined]
+    texts = ["eins", "zwei", "drei", "vier", "fünf"]
+    assert runtime.translate(texts) == exports.load("ctranslate2", "float32").translate(texts)
+    assert sizes == [3, 2]
