@@ -48,6 +48,7 @@ from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import ENVIRONMENT, Beat
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import RunLock
+from cvm_translator.runs.text import printable
 
 FINAL_CODES = (EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_GATE_FAILED, *(128 + number for number in STOP_SIGNALS))
 
@@ -277,4 +278,4 @@ def _has_ended(pid: int) -> bool:
 
 def _print(line: str) -> None:
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from cvm_translator.observe.describe import describe_event
 from cvm_translator.observe.history import Event
-from cvm_translator.observe.text import printable
+from cvm_translator.runs.text import printable
 
 
 @dataclass(frozen=True)

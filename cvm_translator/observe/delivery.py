@@ -25,7 +25,7 @@ from typing import Any
 
 from cvm_translator.observe.alerts import Alert
 from cvm_translator.observe.targets import DeliveryError, Payload, Target
-from cvm_translator.observe.text import printable
+from cvm_translator.runs.text import printable
 
 FIRST_DELAY_SECONDS = 1.0
 MAX_DELAY_SECONDS = 300.0

@@ -18,9 +18,9 @@ from cvm_translator.observe.text import (
     format_seconds,
     is_known,
     ordered_metrics,
-    printable,
     short_metric_name,
 )
+from cvm_translator.runs.text import printable
 
 HELD_STATES = ("running", "paused")
 """States in which the run's process is there."""

@@ -29,9 +29,9 @@ from cvm_translator.observe.schedule import ScheduledReports
 from cvm_translator.observe.screens import END_STATES, JsonScreen, LineScreen, LiveScreen, Screen, View
 from cvm_translator.observe.status import show_status
 from cvm_translator.observe.targets import TargetOptions, build_targets
-from cvm_translator.observe.text import printable
 from cvm_translator.observe.watch import FileHints, RunWatch
 from cvm_translator.runs.layout import RunLayout
+from cvm_translator.runs.text import printable
 
 if TYPE_CHECKING:
     from cvm_translator.observe.metrics import MetricsPort

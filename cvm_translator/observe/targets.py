@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from cvm_translator.errors import ConfigError
-from cvm_translator.observe.text import as_number, printable
+from cvm_translator.observe.text import as_number
 from cvm_translator.runs.secrets import Secret, read_secret_file, read_secret_variable
+from cvm_translator.runs.text import printable
 
 WEBHOOK_SECONDS = 10.0
 COMMAND_SECONDS = 30.0

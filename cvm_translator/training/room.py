@@ -19,6 +19,7 @@ from cvm_translator import errors
 from cvm_translator.checkpoints.folder import DiskFullError
 from cvm_translator.errors import CheckpointError, Stopped
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs.text import printable
 from cvm_translator.training.guard import Judgement
 from cvm_translator.training.setup import LoopSetup
 from cvm_translator.training.state import LoopState, capture_random_state, restore_random_state
@@ -80,7 +81,7 @@ def _tell(setup: LoopSetup, state: LoopState, error: Exception) -> None:
     setup.tell(state, "paused", reason="the disk is full")
     if setup.events.is_behind:  # no room for this line either: say it where the output goes
         with contextlib.suppress(OSError):
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _wait(setup: LoopSetup) -> None:
