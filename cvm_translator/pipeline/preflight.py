@@ -5,6 +5,7 @@ Warnings go into the events and the report; what would make the run worthless is
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,12 @@ def needed_disk_bytes(num_parameters: int, num_kept: int, *, has_average: bool) 
     return int(1.1 * (per_checkpoint * (num_kept + 3) + 6 * num_parameters)) + 50 * 2**20
 
 
+def check_room(context: RunContext, checkpoints: Path, needed_bytes: int) -> None:
+    """Ask for the room that a training needs before its first step; one that has checkpoints pauses for want of it."""
+    if next(checkpoints.glob("checkpoint_*"), None) is None:
+        check_disk(context.layout.root, needed_bytes)
+
+
 def run_preflight(
     context: RunContext,
     student: CvmTransformer,
@@ -43,7 +50,7 @@ def run_preflight(
         student.num_parameters(), context.config.keep_checkpoints, has_average=settings.ema_decay > 0
     )
     needed += more_bytes
-    check_disk(context.layout.root, needed)
+    check_room(context, context.layout.checkpoints, needed)
     warnings = check_teacher(teacher_scores, teacher.num_parameters(), student.num_parameters())
     figures: dict[str, Any] = {"needed_disk_bytes": needed}
     if settings.alpha > 0:

@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from cvm_translator import errors
-from cvm_translator.checkpoints.folder import DiskFullError
-from cvm_translator.errors import CheckpointError, Stopped
+from cvm_translator.errors import CheckpointError, Stopped, is_full_disk
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.text import printable
 from cvm_translator.training.guard import Judgement
@@ -29,10 +27,6 @@ RETRY_AFTER_SECONDS = 30.0
 """Tried again after so long even if no more room is seen: a quota shows in no figure."""
 
 Result = TypeVar("Result")
-
-
-def is_full_disk(error: Exception) -> bool:
-    return isinstance(error, DiskFullError) or errors.is_full_disk(error)
 
 
 def with_room(

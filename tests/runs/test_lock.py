@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -130,3 +131,20 @@ def test_readers_do_not_turn_a_holder_away(path: Path) -> None:
 def test_start_times_tell_processes_apart() -> None:
     assert process_start_time(os.getpid()) is not None
     assert process_start_time(2**22 + 1) is None
+
+
+def test_a_lock_whose_holder_found_no_room_to_be_named_is_free_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same process, which goes on: a supervisor that waits for room."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            RunLock(path).acquire()
+    assert read_holder(path) is None
+    with RunLock(path):
+        assert (read_holder(path) or {})["pid"] == os.getpid()
