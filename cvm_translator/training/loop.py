@@ -46,7 +46,7 @@ class TrainingLoop:
         # Without the guard no loss is too high: a run that has gone bad would skip every batch from then on.
         threshold = setup.guard.spike_threshold if setup.guard.enabled else math.inf
         self.spikes = SpikeWindow(setup.guard.spike_window_steps, threshold)
-        self.decision = DecisionFile(setup.store.directory / "rollback.json")
+        self.decision = DecisionFile(setup.store.directory / "rollback.json", report=self._report_damage)
         peak = setup.cost.peak if setup.cost is not None else None
         self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations, peak)
         self.is_paused = False
@@ -163,7 +163,8 @@ class TrainingLoop:
         bits = setup.widths.widths[state.width_index]
         judgement = judge_with_room(setup, state, self.validated_model, bits)
         is_best = judgement.is_best
-        state.validations_since_best = 0 if is_best else state.validations_since_best + 1
+        if judgement.is_decided:
+            state.validations_since_best = 0 if is_best else state.validations_since_best + 1
         action = choose_action(judgement, state, setup.guard)
         setup.tell(
             state,
@@ -267,8 +268,15 @@ class TrainingLoop:
         state.rollbacks = decision["rollbacks"]
         state.consecutive_skips = 0
         setup.batches.change_stream(state.data_stream)
-        assert setup.batches.state_dict()["stream"] == state.data_stream
+        self._require_recipe(decision)
         self._save()
+
+    def _require_recipe(self, decision: dict[str, Any]) -> None:
+        """Raise where the old state, which was loaded, has undone what the rollback changes."""
+        found = {"learning_rate_factor": self.state.learning_rate_factor, "data_stream": self.setup.batches.stream}
+        for name, value in found.items():
+            if value != decision[name]:
+                raise RuntimeError(f"{name} is {value} after a rollback that changes it to {decision[name]}")
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -281,6 +289,9 @@ class TrainingLoop:
             model = averaged
         self.setup.prepare(model, UNROUNDED_BITS)
         return model.eval()
+
+    def _report_damage(self, message: str) -> None:
+        self.setup.tell(self.state, "warning", code="checkpoint", message=message)
 
     def save_unless_saved(self) -> None:
         """Have a checkpoint of this very step."""
