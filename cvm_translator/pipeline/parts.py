@@ -108,7 +108,7 @@ def build_judge(
         tokenizer,
         deploy,
         held_out,
-        beat=lambda: context.heartbeat.beat("validation"),
+        beat=lambda: context.go_on("validation"),
     )
 
 

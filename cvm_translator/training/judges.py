@@ -45,7 +45,7 @@ class ValidationJudge:
         held_out: DistillationDataset,
         beat: Callable[[], object] | None = None,
     ) -> None:
-        """`beat` is called before each batch that is decoded."""
+        """`beat` is called before each batch that is decoded; what it raises ends the validation."""
         self.stage = stage
         self.events = events
         self.validator = validator

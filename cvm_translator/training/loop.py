@@ -8,6 +8,7 @@ Guarantees
 - Where the bit width falls during training, it falls only after a validation at which quality was held.
 - A rollback is on disk before it is acted on, and its changed recipe is asserted after the old state is loaded.
 - A stop, and whatever observers ask for, is obeyed at a step's end; before a stop and a pause there is a checkpoint.
+  A validation is left for a stop, and made when the loop is resumed.
 - A disk that is full during a save pauses the loop; it goes on when there is room.
 """
 
@@ -19,9 +20,10 @@ from typing import Any
 from cvm_translator.checkpoints.folder import LoadedCheckpoint
 from cvm_translator.checkpoints.store import checkpoint_name
 from cvm_translator.corpus.prefetch import BatchFeed
+from cvm_translator.errors import Stopped
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.training.faults import active_faults, learning_rate_factor
-from cvm_translator.training.guard import DecisionFile, choose_action, max_executed_steps, next_recipe
+from cvm_translator.training.guard import DecisionFile, Judgement, choose_action, max_executed_steps, next_recipe
 from cvm_translator.training.optimizer import MovingAverage, build_optimizer
 from cvm_translator.training.progress import ProgressMeter
 from cvm_translator.training.requests import obey_requests
@@ -63,6 +65,9 @@ class TrainingLoop:
         setup.store.protect(START)
         if not self._resume():
             self._save()
+        if self.state.is_unjudged:
+            self._validate()
+        self._halt_at_budget()
         while self.state.step < setup.settings.num_iterations and self.state.halted is None:
             # ------------------------------------------------------------------------------------------- training step
             setup.heartbeat.beat("step", stage=setup.stage, step=self.state.step, attempt=self.state.attempt)
@@ -158,10 +163,10 @@ class TrainingLoop:
     def _validate(self) -> None:
         """Validate, judge, and keep, roll back or halt."""
         setup, state = self.setup, self.state
-        setup.heartbeat.beat("validation")
+        setup.heartbeat.beat("validation", stage=setup.stage, step=state.step, attempt=state.attempt)
         self.progress.report(state)
         bits = setup.widths.widths[state.width_index]
-        judgement = judge_with_room(setup, state, self.validated_model, bits)
+        judgement = self._judge(bits)
         is_best = judgement.is_best
         if judgement.is_decided:
             state.validations_since_best = 0 if is_best else state.validations_since_best + 1
@@ -192,6 +197,19 @@ class TrainingLoop:
         else:
             self._halt(f"no new best in {state.validations_since_best} validations")
         self.progress.restart()
+
+    def _judge(self, bits: int) -> Judgement:
+        """The judgement of this step; one that a stop cuts short is made when the loop is resumed."""
+        setup, state = self.setup, self.state
+        try:
+            setup.stop.raise_if_requested()
+            judgement = judge_with_room(setup, state, self.validated_model, bits)
+        except Stopped as stopped:
+            state.is_unjudged = True
+            self.save_unless_saved()
+            raise Stopped(stopped.signal_number) from None
+        state.is_unjudged = False
+        return judgement
 
     def _narrow(self) -> None:
         """Go on with fewer bits: the checkpoint of this step is the new width's rollback target until it has a best."""

@@ -59,14 +59,21 @@ def with_room(
 def judge_with_room(
     setup: LoopSetup, state: LoopState, build_model: Callable[[], CvmTransformer], bits: int
 ) -> Judgement:
-    """The judgement of this step; one whose files found no room is made again, as if it were the first."""
+    """The judgement of this step; one whose files found no room is made again, as if it were the first.
+
+    Raises Stopped when the run was asked to leave meanwhile; nothing is then remembered of the attempt.
+    """
     before, random = copy.deepcopy(setup.judge.state_dict()), capture_random_state()
 
     def undo() -> None:
         setup.judge.load_state_dict(before)
         restore_random_state(random)
 
-    return with_room(setup, state, lambda: setup.judge.judge(state, build_model(), bits), undo)
+    try:
+        return with_room(setup, state, lambda: setup.judge.judge(state, build_model(), bits), undo)
+    except Stopped:
+        undo()
+        raise
 
 
 def _tell(setup: LoopSetup, state: LoopState, error: Exception) -> None:
