@@ -17,9 +17,10 @@ EXIT_NOT_RUNNING = 3
 EXIT_FAILED = 4
 EXIT_GATE_FAILED = 5
 
-# What a supervised trainer tells its supervisor; nobody else sees them.
+# What a process tells the one of ours that started it (a supervised trainer its supervisor); nobody else sees them.
 EXIT_CRASHED = 70
 EXIT_OUT_OF_MEMORY = 71
+EXIT_NO_ROOM = 72
 
 
 class CvmError(ValueError):
@@ -49,6 +50,10 @@ class CheckpointError(CvmError):
 
 class RunFolderError(CvmError):
     """A run folder that is in use, foreign, or not a run folder."""
+
+
+class NoRoomError(CvmError):
+    """A disk without room for what must be written; with room, the same command goes on."""
 
 
 class MissingDependencyError(CvmError):
@@ -82,8 +87,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Whether a write found no room, on the disk or within the user's share of it."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether there was no room for a write, on the disk or within the user's share of it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, NoRoomError)
 
 
 def describe_error(error: Exception) -> str:

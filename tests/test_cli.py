@@ -15,7 +15,15 @@ import pytest
 
 from cvm_translator.cli import MAX_LINE_BYTES, find_exit_code, main, translate_stream
 from cvm_translator.config import load_config
-from cvm_translator.errors import EXIT_CRASHED, EXIT_OUT_OF_MEMORY, CvmError, RunFolderError, describe_error
+from cvm_translator.errors import (
+    EXIT_CRASHED,
+    EXIT_NO_ROOM,
+    EXIT_OUT_OF_MEMORY,
+    CvmError,
+    NoRoomError,
+    RunFolderError,
+    describe_error,
+)
 from cvm_translator.pipeline.text import prepare_corpus
 from cvm_translator.runs.lock import RunLock
 
@@ -142,6 +150,8 @@ class OutOfMemoryError(RuntimeError):
         (KeyError("x"), 1, EXIT_CRASHED),
         (OSError(5, "Input/output error", "file"), 1, EXIT_CRASHED),
         (RuntimeError("shapes differ"), 1, EXIT_CRASHED),
+        (NoRoomError("no room"), 1, EXIT_NO_ROOM),
+        (OSError(28, "No space left on device", "file"), 1, EXIT_NO_ROOM),
         (MemoryError(), 1, EXIT_OUT_OF_MEMORY),
         (OutOfMemoryError("CUDA"), 1, EXIT_OUT_OF_MEMORY),
         (RuntimeError("CUDA error: out of memory"), 1, EXIT_OUT_OF_MEMORY),
@@ -160,6 +170,11 @@ def test_a_full_disk_is_no_defect_of_the_program(number: int) -> None:
     for error in (OSError(number, os.strerror(number)), OSError(number, os.strerror(number), "corpus/train.tsv")):
         line = describe_error(error)
         assert re.fullmatch(r"(the disk|corpus/train\.tsv): no room \(.*\): free some space there and .*again", line)
+
+
+def test_what_an_error_names_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "no\x1b]0;owned\x07\u202e.yaml"]) == 1
+    assert capsys.readouterr().err.startswith("error: no\\x1b]0;owned\\x07\\u202e.yaml: no such config file")
 
 
 def test_an_unreadable_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cvm_translator.errors import CheckpointError
+from cvm_translator.errors import CheckpointError, NoRoomError
 from cvm_translator.runs.atomic import fsync_directory, sha256_file, sha256_json
 
 FORMAT = "cvm-translator checkpoint"
@@ -44,7 +44,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.(safetensors|pt|json)\Z")
 _MAX_MANIFEST_BYTES = 1 << 20
 
 
-class DiskFullError(CheckpointError):
+class DiskFullError(NoRoomError, CheckpointError):
     """There was no room for a checkpoint; older ones are untouched, and the save may be tried again."""
 
 

@@ -21,10 +21,12 @@ from cvm_translator.cli.threads import shorten_spinning
 from cvm_translator.errors import (
     EXIT_CRASHED,
     EXIT_ERROR,
+    EXIT_NO_ROOM,
     EXIT_OUT_OF_MEMORY,
     CvmError,
     Stopped,
     describe_error,
+    is_full_disk,
     is_out_of_memory,
 )
 from cvm_translator.runs.heartbeat import is_supervised
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def find_exit_code(error: Exception, *, has_supervisor: bool) -> int:
     """The exit code of an error; a supervisor is also told what may have passed when the trainer is started again."""
+    if has_supervisor and is_full_disk(error):
+        return EXIT_NO_ROOM
     if isinstance(error, CvmError):
         return error.exit_code
     if not has_supervisor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cvm_translator.cli.tell import tell
 from cvm_translator.errors import EXIT_OK
+from cvm_translator.runs.text import printable
 
 if TYPE_CHECKING:
     from cvm_translator.config import RunConfig
@@ -58,7 +59,7 @@ def stop(options: Options) -> int:
 def control(options: Options) -> int:
     from cvm_translator.daemon.requests import ask
 
-    print(ask(options.run_dir, options.action, options.timeout))
+    print(printable(ask(options.run_dir, options.action, options.timeout)))
     return EXIT_OK
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from cvm_translator.runs.secrets import redact
+from cvm_translator.runs.text import printable
 
 
 def tell(line: str) -> None:
-    """One line on standard error, without the secrets that this process has read."""
-    print(redact(line), file=sys.stderr, flush=True)
+    """One line on standard error: nothing in it acts on the terminal, and no secret that this process has read is
+    shown."""
+    print(printable(line), file=sys.stderr, flush=True)

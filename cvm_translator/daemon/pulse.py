@@ -43,6 +43,8 @@ class Pulse:
 
     def __init__(self, descriptor: int, patience: Patience, tick_seconds: float) -> None:
         self.beat: Beat | None = None
+        self.has_stepped = False
+        """Whether the trainer has come to its first step."""
         self.slowest_step_seconds: float | None = None
         self.descriptor: int | None = descriptor
         """To be waited for; None once the trainer has closed its end."""
@@ -69,6 +71,7 @@ class Pulse:
         if not beats:
             return
         num_steps = sum(beat.phase == "step" for beat in beats)
+        self.has_stepped |= num_steps > 0
         for beat in beats:
             last = self.beat
             if last is None or last.stage != beat.stage:

@@ -5,8 +5,11 @@ Guarantees
   hour, after 1, 2, 4, 8 and 16 seconds by a monotonic clock; then the run has failed, with the reason, exit code 1.
 - What a restart cannot mend ends the supervision with the trainer's own exit code: 0 and 5 (done), 1 (an error that
   the user must mend), 2 (wrong usage), 130 and 143 (it was asked to stop and has saved). A supervised trainer ends with
-  EXIT_CRASHED for an exception that nobody foresaw and EXIT_OUT_OF_MEMORY for want of memory, so that 1 is always an
-  error told to the user. A trainer that ends before its run has begun for the first time is not started again either.
+  EXIT_CRASHED for an exception that nobody foresaw and with EXIT_OUT_OF_MEMORY or EXIT_NO_ROOM for want of memory or of
+  room on the disk, so that 1 is always an error told to the user. A trainer that ends before its run has begun for the
+  first time is not started again either.
+- One that finds no room on the disk, once a step has been taken, is started again when there is room, after however
+  long. Before the first step the run has failed.
 - A trainer that hangs (see `pulse`) gets SIGTERM, after 30 seconds SIGKILL, and is started again.
 - One that ran out of memory in a training step is started again with twice as many micro-batches (see `memory`).
 - A run that was paused when its trainer crashed is paused again.
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +31,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cvm_translator.daemon.inbox import STOP_SIGNALS, Inbox
@@ -37,6 +42,7 @@ from cvm_translator.errors import (
     EXIT_CRASHED,
     EXIT_ERROR,
     EXIT_GATE_FAILED,
+    EXIT_NO_ROOM,
     EXIT_OK,
     EXIT_OUT_OF_MEMORY,
     EXIT_USAGE,
@@ -48,8 +54,11 @@ from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import ENVIRONMENT, Beat
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import RunLock
+from cvm_translator.runs.text import printable
 
 FINAL_CODES = (EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_GATE_FAILED, *(128 + number for number in STOP_SIGNALS))
+ROOM_BYTES = 1 << 20
+"""So much more room on the disk is worth a try."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Rules:
     """Before the first restart; doubled for each further one within the window."""
     grace_seconds: float = 30.0
     """Between the SIGTERM and the SIGKILL of a hung trainer."""
+    room_seconds: float = 60.0
+    """Before a trainer that found no room is started again even if there is no more of it."""
     tick_seconds: float = 1.0
     patience: Patience = field(default_factory=Patience)
 
@@ -73,6 +84,7 @@ class Ending:
     code: int
     """Its exit code, or minus the signal that killed it."""
     has_begun: bool
+    has_stepped: bool
     last_beat: Beat | None
     where: str
     hung_seconds: float | None
@@ -105,7 +117,9 @@ class Supervisor:
         self._restarts: deque[float] = deque()
         """Moments of the restarts within the window."""
         self._num_restarts = 0
-        self._has_begun = False
+        self._has_begun = self._has_stepped = False
+        self._is_without_room = False
+        """Whether the last trainer ended for want of room."""
 
     def run(self) -> int:
         """Supervise to the end. Raises RunFolderError when somebody else supervises this folder."""
@@ -120,24 +134,24 @@ class Supervisor:
         while True:
             ending = self._run_trainer(command)
             self._has_begun |= ending.has_begun
+            self._has_stepped |= ending.has_stepped
             reason = self._find_reason(ending)
             if reason is None:
                 return self._finish(ending)
             # ---------------------------------------------------------------------------------- once more, or give up?
-            now = time.monotonic()
-            while self._restarts and now - self._restarts[0] > self._rules.window_seconds:
-                self._restarts.popleft()
-            if len(self._restarts) >= self._rules.max_restarts:
+            if ending.code == EXIT_NO_ROOM:
+                is_stopped = self._wait_for_room(ending, reason)
+            elif self._count_restarts() < self._rules.max_restarts:
+                is_stopped = self._wait_for_restart(ending, reason)
+            else:
                 message = f"given up after {len(self._restarts)} restarts within an hour; at last {reason}"
                 self._tell("failed", ending.last_beat, message=message)
                 _print(f"error: {message}")
                 return EXIT_ERROR
-            delay = self._rules.first_delay_seconds * 2 ** len(self._restarts)
-            self._announce(ending, reason, delay)
-            if self._inbox.wait_for_stop(delay):
+            if is_stopped:
                 self._tell("stopped", ending.last_beat, signal=self._inbox.stops[0])
                 return 128 + self._inbox.stops[0]
-            self._restarts.append(time.monotonic())
+            self._is_without_room = ending.code == EXIT_NO_ROOM
             self._num_restarts += 1
             command = self._again
 
@@ -170,6 +184,7 @@ class Supervisor:
         return Ending(
             code=code,
             has_begun=pulse.has_begun,
+            has_stepped=pulse.has_stepped,
             last_beat=pulse.beat,
             where=pulse.describe(),
             hung_seconds=hung_seconds,
@@ -215,6 +230,8 @@ class Supervisor:
             return None
         if ending.hung_seconds is not None:
             return f"no sign of progress for {ending.hung_seconds:.0f} s {ending.where}: the trainer hung"
+        if ending.code == EXIT_NO_ROOM:
+            return f"the trainer found no room on the disk {ending.where}" if self._has_stepped else None
         if not self._has_begun or ending.code in FINAL_CODES or -ending.code in STOP_SIGNALS:
             return None
         if ending.is_out_of_memory:
@@ -222,6 +239,37 @@ class Supervisor:
         if ending.code < 0:
             return f"the trainer was killed by signal {-ending.code} {ending.where}"
         return f"the trainer crashed {ending.where} (exit code {ending.code})"
+
+    def _count_restarts(self) -> int:
+        """Those within the window that ends now."""
+        now = time.monotonic()
+        while self._restarts and now - self._restarts[0] > self._rules.window_seconds:
+            self._restarts.popleft()
+        return len(self._restarts)
+
+    def _wait_for_restart(self, ending: Ending, reason: str) -> bool:
+        """Announce a restart and wait before it; whether a stop was asked for meanwhile."""
+        delay = self._rules.first_delay_seconds * 2 ** len(self._restarts)
+        self._announce(ending, reason, delay)
+        if self._inbox.wait_for_stop(delay):
+            return True
+        self._restarts.append(time.monotonic())
+        return False
+
+    def _wait_for_room(self, ending: Ending, reason: str) -> bool:
+        """Wait until the disk has more room than now, or for a while, since a quota shows in no figure; whether a stop
+        was asked for meanwhile. It is told when the waiting begins, and counts as no restart."""
+        if not self._is_without_room or ending.has_begun:
+            message = f"{reason}; it is started again when there is room"
+            _print(message)
+            self._tell("warning", ending.last_beat, code="disk_full", message=message)
+        self._notifier.send("STATUS=waiting for room on the disk")
+        free, deadline = _free_bytes(self._layout.root), time.monotonic() + self._rules.room_seconds
+        while not self._inbox.wait_for_stop(self._rules.tick_seconds):
+            self._notifier.ping()
+            if _free_bytes(self._layout.root) >= free + ROOM_BYTES or time.monotonic() > deadline:
+                return False
+        return True
 
     def _announce(self, ending: Ending, reason: str, delay: float) -> None:
         """Tell that, and how, the trainer is started again."""
@@ -255,7 +303,10 @@ class Supervisor:
         if self._has_begun and not ending.has_begun and ending.code == EXIT_ERROR:
             message = "the trainer could not be started again: its own error is in logs/daemon.log"
             self._tell("failed", ending.last_beat, message=message)
-        if ending.code in (EXIT_CRASHED, EXIT_OUT_OF_MEMORY):
+        if self._has_begun and ending.code == EXIT_NO_ROOM:
+            message = "no room on the disk before the first step: the trainer's own error is in logs/daemon.log"
+            self._tell("failed", ending.last_beat, message=message)
+        if ending.code in (EXIT_CRASHED, EXIT_OUT_OF_MEMORY, EXIT_NO_ROOM):
             return EXIT_ERROR
         return ending.code if ending.code >= 0 else 128 - ending.code
 
@@ -275,6 +326,12 @@ def _has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def _free_bytes(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(path).free
+    return 0
+
+
 def _print(line: str) -> None:
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)

@@ -44,9 +44,13 @@ def measure_reference_losses(
 def _cross_entropies(hidden: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(N,) of (N, D) states and a (V, D) output matrix, without the logits of all of them at once."""
     rows = max(1, _BLOCK_ELEMENTS // len(matrix))
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat(
-        [torch.nn.functional.cross_entropy(part @ matrix.T, target, reduction="none") for part, target in parts]
+        [
+            torch.nn.functional.cross_entropy(
+                hidden[begin : begin + rows] @ matrix.T, targets[begin : begin + rows], reduction="none"
+            )
+            for begin in range(0, len(targets), rows)
+        ]
     )
 
 

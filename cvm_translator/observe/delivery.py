@@ -1,11 +1,12 @@
 """Alerts on their way to webhooks and commands.
 
 Guarantees: the monitor never waits for a target: each has a thread of its own, which sends alerts in their order and
-tries one that was not taken again and again, backing off with jitter. What is owed to whom is written down in
-`monitor/deliveries.jsonl` before the alert is told anywhere else, so the next monitor sends what this one could not,
-and nothing twice; only where the process ends between the answer and the note of it is an alert sent again (its `key`,
-also in the header Idempotency-Key, tells). Of two monitors at one run folder the first delivers. A disk that is full
-costs the notes, not the alerts.
+tries one that was not taken again and again, backing off with jitter; one that its target refuses for good is set aside
+and told of, so that it stands in nobody's way. What is owed to whom is written down in `monitor/deliveries.jsonl`
+before the alert is told anywhere else, so the next monitor sends what this one could not, and nothing twice; only where
+the process ends between the answer and the note of it is an alert sent again (its `key`, also in the header
+Idempotency-Key, tells). Of two monitors at one run folder the first delivers. A disk that is full costs the notes, not
+the alerts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from cvm_translator.observe.alerts import Alert
 from cvm_translator.observe.targets import DeliveryError, Payload, Target
-from cvm_translator.observe.text import printable
+from cvm_translator.runs.text import printable
 
 FIRST_DELAY_SECONDS = 1.0
 MAX_DELAY_SECONDS = 300.0
@@ -121,6 +122,8 @@ class Lane:
         self.waiting: deque[Payload] = deque(maxlen=MAX_WAITING)
         self.failure: str | None = None
         """Why the alert at the front was not taken, once that has been tried a few times."""
+        self.refused: deque[tuple[str, str]] = deque(maxlen=MAX_WAITING)
+        """Keys of alerts that the target will never take, and why."""
         self._changed = threading.Condition()
         self._deadline: float | None = None
         self._thread: threading.Thread | None = None
@@ -144,18 +147,28 @@ class Lane:
             try:
                 self.target.send(payload)
             except Exception as error:  # whatever a target does, the next attempt comes
+                reason = str(error) if isinstance(error, DeliveryError) else type(error).__name__
+                if isinstance(error, DeliveryError) and error.is_final:
+                    attempts = 0
+                    self.refused.append((str(payload["key"]), reason))
+                    self._settle(payload, refused=reason)
+                    continue
                 attempts += 1
                 asked = error.retry_after_seconds if isinstance(error, DeliveryError) else 0.0
-                reason = str(error) if isinstance(error, DeliveryError) else type(error).__name__
                 if not self._rest(attempts, asked, reason):
                     return
             else:
-                attempts, self.failure = 0, None
-                self.ledger.note(self.target.name, str(payload["key"]))
-                with self._changed:
-                    if self.waiting and self.waiting[0] is payload:
-                        self.waiting.popleft()
-                    self._changed.notify_all()
+                attempts = 0
+                self._settle(payload)
+
+    def _settle(self, payload: Payload, **note: Any) -> None:
+        """Go on to the next alert; this one is owed no longer."""
+        self.failure = None
+        self.ledger.note(self.target.name, str(payload["key"]), **note)
+        with self._changed:
+            if self.waiting and self.waiting[0] is payload:
+                self.waiting.popleft()
+            self._changed.notify_all()
 
     def _rest(self, attempts: int, asked_seconds: float, reason: str) -> bool:
         """Wait before the next attempt; False if there is none, since the monitor leaves."""
@@ -213,25 +226,32 @@ class Deliveries:
             lane.add(new)
 
     def find_failures(self) -> list[Alert]:
-        """An alert an hour for each target that takes none; for the log and the screen only."""
+        """An alert an hour for each target that takes none, and one for each alert that was refused for good; for the
+        log and the screen only."""
         now = _now()
-        return [
-            Alert(
-                f"not_delivered/{lane.target.name.replace(' ', '_')}/{now[:13]}",
-                "WARNING",
-                f"{lane.target.name} does not take alerts: {lane.failure}; left to send: {len(lane.waiting)}",
-                now,
-            )
-            for lane in self.lanes
-            if lane.failure is not None
-        ]
+        found: list[Alert] = []
+        for lane in self.lanes:
+            name, word = lane.target.name, lane.target.name.replace(" ", "_")
+            if lane.failure is not None:
+                message = f"{name} does not take alerts: {lane.failure}; left to send: {len(lane.waiting)}"
+                found.append(Alert(f"not_delivered/{word}/{now[:13]}", "WARNING", message, now))
+            for key, reason in list(lane.refused):
+                message = f"{name} refused the alert {key}: {reason}; it is set aside"
+                found.append(Alert(f"refused/{word}/{key}", "WARNING", message, now))
+        return found
 
     def close(self, wait_seconds: float) -> list[str]:
-        """Leave; a line for each target that is still owed something."""
+        """Leave; a line for each target that is still owed something, or has refused something."""
         deadline = time.monotonic() + wait_seconds
         left = [(lane.target.name, lane.close(deadline)) for lane in self.lanes]
         self.ledger.close()
-        return [f"{name} has not taken all alerts ({n} left): the next monitor sends them" for name, n in left if n]
+        lines = [f"{name} has not taken all alerts ({n} left): the next monitor sends them" for name, n in left if n]
+        return lines + [
+            f"{lane.target.name} has refused alerts ({len(lane.refused)}, the last since {lane.refused[-1][1]}): see"
+            " monitor/deliveries.jsonl"
+            for lane in self.lanes
+            if lane.refused
+        ]
 
 
 def _now() -> str:

@@ -18,9 +18,9 @@ from cvm_translator.observe.text import (
     format_seconds,
     is_known,
     ordered_metrics,
-    printable,
     short_metric_name,
 )
+from cvm_translator.runs.text import printable
 
 HELD_STATES = ("running", "paused")
 """States in which the run's process is there."""
@@ -40,8 +40,9 @@ def headline(status: Mapping[str, Any]) -> str:
     if state == "failed":
         return f"failed: {printable(result.get('message'))}"
     if state == "stopped":
-        signal = result.get("signal")
-        return f"stopped{f' by signal {signal}' if signal else ''}: carry on with cvm-translator resume"
+        how = f" by signal {printable(result['signal'])}" if result.get("signal") else ""
+        why = f" ({printable(result['reason'])})" if result.get("reason") else ""
+        return f"stopped{how}{why}: carry on with cvm-translator resume"
     if state == "dead":
         return f"dead: process {status['pid']} is gone; carry on with cvm-translator resume"
     gate = describe_gate(result.get("gate_passed"))
@@ -180,6 +181,12 @@ def _describe_resumed(event: Mapping[str, Any]) -> str:
     return f"resumed at step {event.get('step')}, not bit for bit: {differences}"
 
 
+def _describe_stop(event: Mapping[str, Any]) -> str:
+    at = f" at step {event['step']}" if event.get("step") is not None else ""
+    why = f": {event['reason']}" if event.get("reason") else ""
+    return f"stopped by signal {event.get('signal')}{at}{why}"
+
+
 def _describe_finish(event: Mapping[str, Any]) -> str:
     gate = describe_gate(event.get("gate_passed"))
     halted = ", halted" if event.get("halted") else ""
@@ -199,7 +206,7 @@ _EVENTS = {
     "checkpoint": _describe_checkpoint,
     "rollback": _describe_rollback,
     "warning": lambda e: f"warning: {e.get('message')}",
-    "stopped": lambda e: f"stopped by signal {e.get('signal')} at step {e.get('step')}",
+    "stopped": _describe_stop,
     "resumed": _describe_resumed,
     "control": lambda e: f"request {e.get('action')}: {e.get('result')}, {e.get('message')}",
     "paused": lambda e: f"paused after step {e.get('step')}: {e.get('reason')}",

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cvm_translator.observe.text import escape_markdown, printable
+from cvm_translator.observe.text import escape_markdown
+from cvm_translator.runs.text import printable
 
 if TYPE_CHECKING:
     import jinja2

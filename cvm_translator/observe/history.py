@@ -111,7 +111,12 @@ class History:
     """Whether the supervisor has told of the restart that the next run_started is."""
 
     def add(self, event: Event) -> None:
-        """Fold in one event. Unknown kinds are counted and otherwise passed over: a newer writer may have them."""
+        """Fold in one event. Unknown kinds are counted and otherwise passed over: a newer writer may have them.
+
+        Of a run that began in the folder of another one, only its own events count.
+        """
+        if self._is_of_another_run(event):
+            self.__dict__.update(History().__dict__)
         self.num_events += 1
         kind = event["kind"]
         time = parse_time(event.get("time"))
@@ -159,6 +164,10 @@ class History:
                 self.is_restarting = True
                 self.restarts.append(event)
                 self._is_restart_told = True
+
+    def _is_of_another_run(self, event: Event) -> bool:
+        known = self.run_started.get("run_id") if self.run_started else None
+        return event["kind"] == "run_started" and known is not None and event.get("run_id") not in (None, known)
 
     def _count_restart(self, event: Event) -> None:
         if not self._is_restart_told and (self.lifecycle or {}).get("kind") == "run_started":

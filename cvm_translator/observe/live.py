@@ -24,9 +24,9 @@ from cvm_translator.observe.text import (
     format_seconds,
     is_known,
     ordered_metrics,
-    printable,
     short_metric_name,
 )
+from cvm_translator.runs.text import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

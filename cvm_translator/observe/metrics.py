@@ -18,7 +18,8 @@ from cvm_translator.observe.describe import HELD_STATES
 from cvm_translator.observe.history import History, of_stage
 from cvm_translator.observe.machine import MachineFigures
 from cvm_translator.observe.status import EXIT_CODES
-from cvm_translator.observe.text import as_number, printable
+from cvm_translator.observe.text import as_number
+from cvm_translator.runs.text import printable
 
 LOSSES = {"total": "recent_loss", "distillation": "recent_distillation_loss", "task": "recent_task_loss"}
 Labels = Mapping[str, str]

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cvm_translator.errors import EXIT_OK
-from cvm_translator.observe.alerts import Alert, AlertBook, alerts_of_event, alerts_of_status
+from cvm_translator.observe.alerts import Alert, AlertBook, LowDisk, alerts_of_event, alerts_of_status
 from cvm_translator.observe.delivery import Deliveries
 from cvm_translator.observe.describe import format_status
 from cvm_translator.observe.history import Event
@@ -29,9 +29,9 @@ from cvm_translator.observe.schedule import ScheduledReports
 from cvm_translator.observe.screens import END_STATES, JsonScreen, LineScreen, LiveScreen, Screen, View
 from cvm_translator.observe.status import show_status
 from cvm_translator.observe.targets import TargetOptions, build_targets
-from cvm_translator.observe.text import printable
 from cvm_translator.observe.watch import FileHints, RunWatch
 from cvm_translator.runs.layout import RunLayout
+from cvm_translator.runs.text import printable
 
 if TYPE_CHECKING:
     from cvm_translator.observe.metrics import MetricsPort
@@ -109,8 +109,9 @@ def build_monitor(run_dir: Path, settings: MonitorOptions) -> Monitor:
         metrics = MetricsPort(settings.metrics_host, settings.metrics_port)
         print(f"metrics at {metrics.address}", file=sys.stderr)
     screen: Screen = JsonScreen() if settings.as_json else LiveScreen() if sys.stdout.isatty() else LineScreen()
-    reports = ScheduledReports(layout, settings.report_every_seconds)
-    return Monitor(RunWatch(layout), screen, reports, deliveries, metrics, settings.refresh_seconds)
+    watch = RunWatch(layout)
+    reports = ScheduledReports(layout, settings.report_every_seconds, watch.idle_seconds)
+    return Monitor(watch, screen, reports, deliveries, metrics, settings.refresh_seconds)
 
 
 class Monitor:
@@ -128,10 +129,12 @@ class Monitor:
         self.watch, self.screen, self.reports, self.refresh_seconds = watch, screen, reports, refresh_seconds
         self.deliveries, self.metrics = deliveries, metrics
         self.book = AlertBook(watch.layout.monitor / "alerts.log")
+        self.low_disk = LowDisk(self.book)
         self.hints = FileHints()
         self.view = View(watch, self.book, MachineWatch(watch.layout.root))
         self.left = threading.Event()
         """Set to make `follow` return at its next beat."""
+        self._run_id: Any = None
 
     def follow(self) -> dict[str, Any] | None:
         """Until the run is done or failed; returns the last status, or None when it was told to leave before."""
@@ -163,9 +166,14 @@ class Monitor:
 
     def _find_alerts(self, events: Sequence[Event], status: dict[str, Any]) -> list[Alert]:
         restarts = {id(event) for event in self.watch.history.restarts}
-        found = [alert for event in events for alert in alerts_of_event(event, is_restart=id(event) in restarts)]
+        found: list[Alert] = []
+        for event in events:
+            if event["kind"] == "run_started":
+                self._run_id = event.get("run_id")
+            found += alerts_of_event(event, run_id=self._run_id, is_restart=id(event) in restarts)
+        low_since = self.low_disk.look(status)
         if status["state"] != "dead" or self.watch.is_surely_dead():
-            found += alerts_of_status(status)
+            found += alerts_of_status(status, low_since)
         found += self.reports.take_failures()
         # What is owed to the targets is noted before the log says that it was told: a monitor that dies in between
         # tells it again, and owes it once.

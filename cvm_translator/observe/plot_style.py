@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cvm_translator.observe.text import printable
+from cvm_translator.runs.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

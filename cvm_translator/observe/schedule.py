@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,8 +20,11 @@ from cvm_translator.runs.layout import RunLayout
 class ScheduledReports:
     """Writes the status report every so often, in a thread of its own."""
 
-    def __init__(self, layout: RunLayout, every_seconds: float) -> None:
-        self.layout, self.every_seconds = layout, every_seconds
+    def __init__(
+        self, layout: RunLayout, every_seconds: float, measure_idle: Callable[[], float | None] = lambda: None
+    ) -> None:
+        """`measure_idle` tells the seconds without progress by a monotonic clock, where somebody follows the run."""
+        self.layout, self.every_seconds, self._measure_idle = layout, every_seconds, measure_idle
         self._scheduler: Any = None
         self._failures: list[Alert] = []
         self._guard = threading.Lock()
@@ -58,7 +62,7 @@ class ScheduledReports:
         if not self.layout.root.is_dir():
             return  # the folder was taken away; a reader does not make it again
         try:
-            write_status_report(self.layout.root, round(self.every_seconds))
+            write_status_report(self.layout.root, round(self.every_seconds), self._measure_idle())
         except Exception as error:  # a full disk, or what a run put into its files, must not end the monitor
             now = datetime.now(UTC).isoformat(timespec="seconds")
             reason = f"the status report was not written: {type(error).__name__}: {error}"

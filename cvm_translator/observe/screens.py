@@ -22,9 +22,9 @@ from cvm_translator.observe.describe import (
 )
 from cvm_translator.observe.history import Event
 from cvm_translator.observe.machine import MachineWatch
-from cvm_translator.observe.text import printable
 from cvm_translator.observe.watch import RunWatch
 from cvm_translator.runs.secrets import redact
+from cvm_translator.runs.text import printable
 
 PROGRESS_LINE_SECONDS = 60.0
 END_STATES = ("done", "failed")

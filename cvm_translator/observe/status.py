@@ -26,6 +26,7 @@ from cvm_translator.observe.text import (
     is_known,
     parse_time,
 )
+from cvm_translator.runs.heartbeat import SUPERVISOR_GONE
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import read_holder
 from cvm_translator.runs.secrets import redact
@@ -48,20 +49,28 @@ FIRST_VALIDATION_SECONDS = 900.0
 MIN_FREE_BYTES = 1 << 30
 
 
-__all__ = ["find_state", "format_status", "read_status", "show_status", "summarise"]
+__all__ = ["find_state", "format_status", "read_run", "read_status", "show_status", "summarise"]
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any]:
     """The state of the run in `run_dir`; see `summarise` for the keys."""
     layout = RunLayout(Path(run_dir))
+    history, holder, supervisor = read_run(layout, recent_train_only=True)
+    return summarise(layout, history, holder, time.time(), supervisor=supervisor)
+
+
+def read_run(
+    layout: RunLayout, *, recent_train_only: bool = False
+) -> tuple[History, dict[str, Any] | None, dict[str, Any] | None]:
+    """The events of a run, and who holds its lock and its supervisor's (None: nobody)."""
+    # The holder first: a run writes its last event before it lets go of the lock. One that begins between the two
+    # looks dead, so that answer is asked for twice.
     for _ in range(2):
-        # The holder first: a run writes its last event before it lets go of the lock. One that begins between the
-        # two looks dead, so that answer is asked for twice.
         holder, supervisor = read_holder(layout.lock), read_holder(layout.supervisor_lock)
-        history = read_history(layout.events, recent_train_only=True)
+        history = read_history(layout.events, recent_train_only=recent_train_only)
         if find_state(history, holder, supervisor) != "dead":
             break
-    return summarise(layout, history, holder, time.time(), supervisor=supervisor)
+    return history, holder, supervisor
 
 
 def show_status(run_dir: str | Path, *, as_json: bool) -> int:
@@ -123,6 +132,8 @@ def summarise(
         "memory_mib": progress.get("memory_mib"),
         "eta_seconds": progress.get("eta_seconds") if state == "running" else None,
         "idle_seconds": idle_seconds,
+        "disk_free_bytes": free_bytes(layout.root),
+        "disk_advised_bytes": _advised_bytes(history),
         "num_warnings": len(history.warnings),
         "last_warning": _fields(history.warnings[-1], "code", "message", "step") if history.warnings else None,
         "result": _result(history, state),
@@ -161,20 +172,22 @@ def find_health(
 ) -> list[dict[str, str]]:
     """Notes on what is wrong, each with a `code` and a `message`; empty when all is well."""
     notes: list[dict[str, str]] = []
-    if status["state"] == "dead":
+    state = status["state"]
+    if state == "dead":
         text = f"process {status['pid']} is gone without a word: carry on with cvm-translator resume {layout.root}"
         notes.append({"code": "dead_process", "message": text})
+    if state == "stopped" and status["result"]["reason"] == SUPERVISOR_GONE:
+        text = f"the supervisor died, and the run has left: carry on with cvm-translator resume {layout.root}"
+        notes.append({"code": "supervisor_gone", "message": text})
     idle = status["idle_seconds"]
-    if status["state"] == "running" and history.stage in STEP_STAGES and history.step is not None and idle is not None:
+    if state == "running" and history.stage in STEP_STAGES and history.step is not None and idle is not None:
         limit = max(MIN_STALL_SECONDS, STALL_FACTOR * (step_seconds or 0.0))
         if idle > limit and idle > max(limit, _validation_allowance(layout, history)):
             text = f"no step for {format_seconds(idle)} after step {history.step} of {history.stage}"
             notes.append({"code": "stalled_step", "message": text})
-    free, needed = free_bytes(layout.root), MIN_FREE_BYTES
-    if history.checkpoints and is_known(history.checkpoints[-1].get("num_bytes")):
-        needed = max(needed, 3 * int(history.checkpoints[-1]["num_bytes"]))
-    if free is not None and free < needed and status["state"] not in ("never_started", "done"):
-        text = f"{format_bytes(free)} free on the disk of {layout.root}, {format_bytes(needed)} advised: make room"
+    free, advised = status["disk_free_bytes"], status["disk_advised_bytes"]
+    if free is not None and free < advised and state not in ("never_started", "done"):
+        text = f"{format_bytes(free)} free on the disk of {layout.root}, {format_bytes(advised)} advised: make room"
         notes.append({"code": "low_disk", "message": text})
     return notes
 
@@ -196,6 +209,12 @@ def _validation_allowance(layout: RunLayout, history: History) -> float:
         return 0.0
     seconds = [as_number(v.get("seconds")) for v in history.validations if is_known(v.get("seconds"))]
     return 3 * max(seconds) if seconds else FIRST_VALIDATION_SECONDS
+
+
+def _advised_bytes(history: History) -> int:
+    """What should be free: room for three more checkpoints, and some for everything else."""
+    last = history.checkpoints[-1].get("num_bytes") if history.checkpoints else None
+    return max(MIN_FREE_BYTES, 3 * int(as_number(last)) if is_known(last) else 0)
 
 
 def free_bytes(path: Path) -> int | None:
@@ -258,4 +277,4 @@ def _result(history: History, state: str) -> dict[str, Any] | None:
         return _fields(last, "time", "exit_code", "gate_passed", "halted", "executed_steps", "seconds")
     if last["kind"] == "failed":
         return _fields(last, "time", "message")
-    return _fields(last, "time", "signal") if last["kind"] == "stopped" else None
+    return _fields(last, "time", "signal", "reason") if last["kind"] == "stopped" else None

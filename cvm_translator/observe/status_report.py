@@ -25,8 +25,8 @@ from cvm_translator.observe.document import (
     to_html,
     to_markdown,
 )
-from cvm_translator.observe.history import History, of_stage, read_history
-from cvm_translator.observe.status import summarise
+from cvm_translator.observe.history import History, of_stage
+from cvm_translator.observe.status import read_run, summarise
 from cvm_translator.observe.text import (
     format_percent,
     format_score,
@@ -37,17 +37,18 @@ from cvm_translator.observe.text import (
 )
 from cvm_translator.runs.atomic import write_bytes, write_text
 from cvm_translator.runs.layout import RunLayout
-from cvm_translator.runs.lock import read_holder
 
 NUM_ALERTS_SHOWN = 20
 
 
-def write_status_report(run_dir: str | Path, refresh_seconds: int = 300) -> Path:
-    """Write the status report of a run folder anew; returns the Markdown file (the page lies beside it)."""
+def write_status_report(run_dir: str | Path, refresh_seconds: int = 300, idle_seconds: float | None = None) -> Path:
+    """Write the status report of a run folder anew; returns the Markdown file (the page lies beside it).
+
+    `idle_seconds`: see `summarise`.
+    """
     layout = RunLayout(Path(run_dir))
-    holder = read_holder(layout.lock)
-    history = read_history(layout.events)
-    status = summarise(layout, history, holder, time.time())
+    history, holder, supervisor = read_run(layout)
+    status = summarise(layout, history, holder, time.time(), idle_seconds, supervisor)
     alerts = layout.monitor / "alerts.log"
     lines = alerts.read_text(encoding="utf-8", errors="replace").splitlines() if alerts.exists() else []
     document = build_status_document(status, history, lines)

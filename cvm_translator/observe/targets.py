@@ -3,7 +3,8 @@
 Guarantees: a webhook's URL comes from an environment variable or a file and is shown nowhere; a command is run without
 a shell, does not see the variables that hold such URLs, and is ended with its children after its time. What cannot be
 delivered raises `DeliveryError`, whose text is redacted and fit to be shown. A redirection is not followed: it would
-turn the alert into a question, and could carry the URL elsewhere.
+turn the alert into a question, and could carry the URL elsewhere. An answer that says that the alert itself is refused
+(HTTP 4xx) is final.
 """
 
 from __future__ import annotations
@@ -25,22 +26,29 @@ from pathlib import Path
 from typing import Any
 
 from cvm_translator.errors import ConfigError
-from cvm_translator.observe.text import as_number, printable
+from cvm_translator.observe.text import as_number
 from cvm_translator.runs.secrets import Secret, read_secret_file, read_secret_variable
+from cvm_translator.runs.text import printable
 
 WEBHOOK_SECONDS = 10.0
 COMMAND_SECONDS = 30.0
 MAX_RETRY_AFTER_SECONDS = 300.0
+BUSY_CODES = (408, 429)
+"""Answers of the 400s that may be another one later: timeout, too many requests."""
 
 Payload = Mapping[str, Any]
 
 
 class DeliveryError(Exception):
-    """An alert was not taken; `retry_after_seconds` is how long the other side asked to be left alone."""
+    """An alert was not taken.
 
-    def __init__(self, message: str, retry_after_seconds: float = 0.0) -> None:
+    `retry_after_seconds` is how long the other side asked to be left alone; `is_final` says that it will never take
+    this alert.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float = 0.0, *, is_final: bool = False) -> None:
         super().__init__(printable(message))
-        self.retry_after_seconds = retry_after_seconds
+        self.retry_after_seconds, self.is_final = retry_after_seconds, is_final
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,9 @@ def _build_webhook(option: str, url: Secret) -> Callable[[Payload], None]:
         except urllib.error.HTTPError as error:
             wait = as_number(error.headers.get("Retry-After"))
             error.close()
-            raise DeliveryError(f"it answered HTTP {error.code}", min(wait, MAX_RETRY_AFTER_SECONDS)) from None
+            is_final = 400 <= error.code < 500 and error.code not in BUSY_CODES
+            message = f"it answered HTTP {error.code}"
+            raise DeliveryError(message, min(wait, MAX_RETRY_AFTER_SECONDS), is_final=is_final) from None
         except urllib.error.URLError as error:
             raise DeliveryError(f"no connection ({error.reason})") from None
         except (OSError, HTTPException, ValueError) as error:

@@ -1,24 +1,20 @@
-"""Numbers and foreign text, made fit to be shown.
+"""Numbers and foreign text, made fit to be shown in reports.
 
-Guarantees: `printable` leaves no character that a terminal, a browser or an editor would act upon (control characters,
-escape sequences, direction overrides, invisible ones), and no secret; `escape_markdown` leaves none that GitHub's
-Markdown would. Text of the corpus and of models always passes through here. Letters of any script stay as they are.
+Guarantees: `escape_markdown` leaves no character that GitHub's Markdown, a terminal or an editor would act upon, and no
+secret. Text of the corpus and of models always passes through here or through `runs.text.printable`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from datetime import datetime
 from typing import Any
 
-from cvm_translator.runs.secrets import redact
+from cvm_translator.runs.text import printable
 
 NOT_MEASURED = "not measured"
 
-# Joiners that Persian, Indic scripts and emoji need; they cannot reorder text.
-_HARMLESS_FORMAT = {"\u200c", "\u200d"}
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$!])")
 _MARKDOWN_LEADING = re.compile(r"^(?:([-+=#:])(?=\1|\s|$)|(\d+)([.)])(?=\s|$))")
 _MARKDOWN_COLON = re.compile(r":(?=//|\w+:)")
@@ -68,26 +64,6 @@ def ordered_metrics(keys: Any) -> list[str]:
     """Known metrics in their customary order, then the others by name."""
     known = [key for key in METRIC_NAMES if key in keys]
     return known + sorted(key for key in keys if key not in METRIC_NAMES)
-
-
-def printable(text: Any, *, keep_newlines: bool = False) -> str:
-    """The text with every character that acts instead of showing written as an escape such as `\\x1b`, and without
-    the secrets that this process knows."""
-    plain = redact(str(text))
-    if plain.isascii() and plain.isprintable():
-        return plain
-    return "".join(_visible(character, keep_newlines) for character in plain)
-
-
-def _visible(character: str, keep_newlines: bool) -> str:
-    if character == "\n" and keep_newlines:
-        return character
-    category = unicodedata.category(character)
-    if category in ("Cc", "Cs", "Zl", "Zp", "Co", "Cn") or (category == "Cf" and character not in _HARMLESS_FORMAT):
-        named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(character)
-        code = ord(character)
-        return named or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}")
-    return character
 
 
 def escape_markdown(text: Any) -> str:

@@ -56,8 +56,11 @@ class RunWatch:
 
     def status(self) -> dict[str, Any]:
         """As `read_status`, but from what has been followed."""
-        idle = time.monotonic() - self._advanced_at if self.history.last_advance is not None else None
-        return summarise(self.layout, self.history, self.holder, time.time(), idle, self.supervisor)
+        return summarise(self.layout, self.history, self.holder, time.time(), self.idle_seconds(), self.supervisor)
+
+    def idle_seconds(self) -> float | None:
+        """Time without progress, by the monotonic clock; None before there was any."""
+        return time.monotonic() - self._advanced_at if self.history.last_advance is not None else None
 
     def is_surely_dead(self) -> bool:
         """Dead at two polls in a row: a process that has just started may hold its lock but an instant later."""

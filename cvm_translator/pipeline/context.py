@@ -43,13 +43,13 @@ class RunContext:
         self.beat()
         self.show(message)
 
-    def beat(self) -> None:
+    def beat(self, phase: str = "stage") -> None:
         """Give a sign of life between two pieces of a stage's work."""
-        self.heartbeat.beat("stage")
+        self.heartbeat.beat(phase)
 
-    def go_on(self) -> None:
+    def go_on(self, phase: str = "stage") -> None:
         """Between two pieces of long work that may be left at any time: a sign of life, unless a stop was asked for."""
-        self.beat()
+        self.beat(phase)
         self.stop.raise_if_requested()
 
 

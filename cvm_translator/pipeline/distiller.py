@@ -19,7 +19,15 @@ import pydantic
 import yaml
 
 from cvm_translator.config import RunConfig, dump_config
-from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK, CvmError, RunFolderError, Stopped, is_full_disk
+from cvm_translator.errors import (
+    EXIT_GATE_FAILED,
+    EXIT_OK,
+    CvmError,
+    NoRoomError,
+    RunFolderError,
+    Stopped,
+    is_full_disk,
+)
 from cvm_translator.metrics import require_libraries
 from cvm_translator.pipeline import delivery
 from cvm_translator.pipeline.cards import describe_outcome
@@ -83,7 +91,7 @@ class ModelDistiller:
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
                 with contextlib.suppress(OSError):  # a full disk must not hide the error itself
-                    if is_supervised and not isinstance(error, CvmError):
+                    if is_supervised and (not isinstance(error, CvmError) or is_full_disk(error)):
                         context.warn("crashed", message)  # it has failed only when the supervisor says so
                     else:
                         context.events.write("failed", message=message)
@@ -206,7 +214,7 @@ def _explained_full_disk(root: Path) -> Iterator[None]:
     except OSError as error:
         if not is_full_disk(error):
             raise
-        raise RunFolderError(
+        raise NoRoomError(
             f"no room in {root} ({error.strerror}): free some space and run the same command again;"
             " it goes on from the last checkpoint"
         ) from error

@@ -1,7 +1,8 @@
 """What a run tells while it goes: each listener is called with every event and turns it into its own form.
 
 The text log and TensorBoard are written by the trainer alone; the display is for whoever started it in the foreground.
-None of them may fail the run: where the disk is full, a line of theirs is lost and the run's own files tell the error.
+Foreign text is printable in all of them. None of them may fail the run: where the disk is full, a line of theirs is
+lost and the run's own files tell the error.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tensorboardX.summary import scalar
 
 from cvm_translator.config.schema import LoggingConfig
 from cvm_translator.runs.rotation import QuietRotatingHandler, rotate_copy
+from cvm_translator.runs.text import printable
 
 Event = dict[str, Any]
 
@@ -59,7 +61,12 @@ def _describe_quality(event: Event) -> str:
 
 
 def describe_event(event: Event) -> str | None:
-    """One line of text for an event worth a line, else None."""
+    """One line of printable text for an event worth a line, else None."""
+    line = _describe(event)
+    return None if line is None else printable(line)
+
+
+def _describe(event: Event) -> str | None:
     kind, step, stage = event["kind"], event.get("step"), event.get("stage")
     if kind == "stage_started":
         return f"stage {stage}"
@@ -144,7 +151,7 @@ class TextLog:
         self._logger.log(logging.WARNING if is_bad else logging.INFO, line)
 
     def note(self, message: str) -> None:
-        self._logger.info(message)
+        self._logger.info(printable(message))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -211,7 +218,7 @@ class PlainDisplay:
         print(line, file=sys.stderr, flush=True)
 
     def note(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         pass
@@ -227,7 +234,7 @@ class LiveDisplay:
 
         self._console = console or Console(stderr=True)
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=20),
             TextColumn("{task.completed:,}/{task.total:,}"),
             TextColumn("{task.fields[speed]}"),
@@ -266,13 +273,13 @@ class LiveDisplay:
             self._clear()
         line = describe_event(event)
         if line is not None and kind not in _TOLD_ELSEWHERE:
-            self._console.print(line, markup=False, highlight=False, style=_STYLES.get(kind))
+            self._print(line, _STYLES.get(kind, ""))
 
     def _show(self, event: Event) -> None:
         if self._task is None or self._stage != event["stage"]:
             self._clear()
             self._stage = event["stage"]
-            self._task = self._progress.add_task(event["stage"], total=event["num_iterations"], speed="")
+            self._task = self._progress.add_task(printable(event["stage"]), total=event["num_iterations"], speed="")
         speed = f"{event['steps_per_second']:.1f} steps/s  {format_seconds(event['eta_seconds'])} left"
         self._losses = _describe_losses(event)
         self._progress.update(self._task, completed=event["step"], speed=speed)
@@ -283,7 +290,12 @@ class LiveDisplay:
         self._task, self._stage, self._losses, self._quality = None, None, "", ""
 
     def note(self, message: str) -> None:
-        self._console.print(message, markup=False, highlight=False, style="dim")
+        self._print(printable(message), "dim")
+
+    def _print(self, line: str, style: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(line, style=style))
 
     def close(self) -> None:
         self._clear()

@@ -24,8 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from cvm_translator.corpus.records import Pair
-from cvm_translator.errors import ModelError, describe_error
+from cvm_translator.errors import (
+    EXIT_ERROR,
+    EXIT_NO_ROOM,
+    EXIT_OK,
+    ModelError,
+    NoRoomError,
+    describe_error,
+    is_full_disk,
+)
 from cvm_translator.runs import atomic
+from cvm_translator.runs.text import printable
 
 NUM_WARM_UP = 4
 """Sentences that are translated before the clock runs: kernels are chosen and weights packed at first use."""
@@ -43,7 +52,7 @@ def measure_folder(
     runtime: str = "native",
     with_references: bool = False,
 ) -> dict[str, Any]:
-    """Run this module in a fresh process and return what it measured; raises ModelError if it failed."""
+    """Run this module in a fresh process and return what it measured; raises ModelError or NoRoomError if it failed."""
     command = [sys.executable, "-m", "cvm_translator.pipeline.measure", "--model", str(model), "--output", str(output)]
     command += ["--beam-size", str(beam_size), "--batch-size", str(batch_size)]
     command += ["--device", device, "--num-threads", str(num_threads), "--runtime", runtime]
@@ -53,7 +62,8 @@ def measure_folder(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise ModelError(f"{model} could not be measured in a fresh process: {last[0].removeprefix('error: ')}")
+        kind = NoRoomError if done.returncode == EXIT_NO_ROOM else ModelError
+        raise kind(f"{model} could not be measured in a fresh process: {last[0].removeprefix('error: ')}")
     result: dict[str, Any] = atomic.read_json(output)
     return result
 
@@ -102,9 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
         sets = dict(item.split("=", 1) for item in options.sets)
         atomic.write_json(options.output, _measure(options, {name: Path(path) for name, path in sets.items()}))
     except (ValueError, OSError) as error:
-        print(f"error: {describe_error(error)}", file=sys.stderr)
-        return 1
-    return 0
+        print(printable(f"error: {describe_error(error)}"), file=sys.stderr)
+        return EXIT_NO_ROOM if is_full_disk(error) else EXIT_ERROR
+    return EXIT_OK
 
 
 def _measure(options: argparse.Namespace, sets: dict[str, Path]) -> dict[str, Any]:

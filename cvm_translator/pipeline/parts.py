@@ -117,7 +117,7 @@ def build_judge(
         tokenizer,
         deploy,
         find_perplexity,
-        beat=lambda: context.heartbeat.beat("validation"),
+        beat=lambda: context.go_on("validation"),
     )
 
 

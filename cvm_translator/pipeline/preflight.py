@@ -5,6 +5,7 @@ Warnings go into the events and the report; what would make the run worthless is
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ def needed_run_bytes(config: RunConfig, student: CvmTransformer) -> int:
     return needed_disk_bytes(student.num_parameters(), config.keep_checkpoints, has_average=has_average)
 
 
+def check_room(context: RunContext, checkpoints: Path, needed_bytes: int) -> None:
+    """Ask for the room that a training needs before its first step; one that has checkpoints pauses for want of it."""
+    if next(checkpoints.glob("checkpoint_*"), None) is None:
+        check_disk(context.layout.root, needed_bytes)
+
+
 def run_preflight(
     context: RunContext,
     student: CvmTransformer,
@@ -47,7 +54,7 @@ def run_preflight(
     """Check and report; returns the figures for the final report. `more_bytes`: what else will be written there."""
     settings = context.config.distillation
     needed = needed_run_bytes(context.config, student) + more_bytes
-    check_disk(context.layout.root, needed)
+    check_room(context, context.layout.checkpoints, needed)
     warnings = check_teacher(teacher_scores, teacher.num_parameters(), student.num_parameters())
     figures: dict[str, Any] = {"needed_disk_bytes": needed}
     if settings.alpha > 0:

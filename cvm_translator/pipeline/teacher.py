@@ -27,7 +27,7 @@ from cvm_translator.pipeline.parts import (
     cut_for_memory,
     save_model_folder,
 )
-from cvm_translator.pipeline.preflight import needed_disk_bytes
+from cvm_translator.pipeline.preflight import check_room, needed_disk_bytes
 from cvm_translator.pipeline.text import Corpus
 from cvm_translator.runs import atomic
 from cvm_translator.training.loop import TrainingLoop
@@ -37,7 +37,6 @@ from cvm_translator.training.setup import LoopSetup
 from cvm_translator.training.state import seed_everything
 from cvm_translator.training.utilisation import StepCost, measure_peak
 from cvm_translator.validation import ValidationConfig
-from cvm_translator.validation.preflight import check_disk
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,9 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
     init_random(model, config.seed)
     model.to(context.device)
     has_average = config.training.ema_decay > 0
-    check_disk(
-        context.layout.root,
+    check_room(
+        context,
+        context.layout.teacher / "checkpoints",
         needed_disk_bytes(model.num_parameters(), context.config.keep_checkpoints, has_average=has_average),
     )
     dataset = build_dataset(context, corpus, tokenizer, config.model)

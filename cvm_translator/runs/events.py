@@ -2,9 +2,10 @@
 
 Guarantees: every event carries `schema_version`, `time` (UTC, ISO 8601), `kind`, `step` and `attempt`. Numbers are
 written with all their digits, so the losses of a replayed step can be compared bit for bit; a number that JSON cannot
-hold (NaN, infinity) is written as a string. A line torn by a crash or a full disk is closed off by the next write, and
-readers pass over it; what a full disk refused is kept and written when there is room. No secret that this process has
-read is written. What each kind holds is written down in `events.schema.json` (see `schema`).
+hold (NaN, infinity) is written as a string. Text is escaped: a line is printable ASCII, and shown as it is it acts on
+no terminal. A line torn by a crash or a full disk is closed off by the next write, and readers pass over it; what a
+full disk refused is kept and written when there is room. No secret that this process has read is written. What each
+kind holds is written down in `events.schema.json` (see `schema`).
 
 The diary is never rotated by us: status, reports and a resume read the whole of it. Where somebody else rotates it
 (`events.jsonl.1`, `.2` …), the writer goes on in the new file and readers read the numbered ones as well.
@@ -110,10 +111,10 @@ class EventWriter:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         event = {"schema_version": SCHEMA_VERSION, "time": time, "kind": kind, "step": step, "attempt": attempt}
         event |= _plain(fields)
-        line = json.dumps(event, ensure_ascii=False, allow_nan=False, default=str)
+        line = json.dumps(event, ensure_ascii=True, allow_nan=False, default=str).replace("\x7f", "\\u007f")
         if (clean := redact(line)) != line:
             line, event = clean, json.loads(clean)
-        self._buffer.append(line.encode("utf-8", "backslashreplace") + b"\n")
+        self._buffer.append(line.encode("ascii") + b"\n")
         for listener in self.listeners:
             listener(event)
 

@@ -23,6 +23,9 @@ PHASES = ("begun", "stage", "step", "validation", "save", "paused", "waiting")
 """What a beat says is being done from now on. begun: the lock is held and `run_started` is written; paused: as somebody
 asked; waiting: for room on the disk."""
 
+SUPERVISOR_GONE = "the supervisor is gone"
+"""Why a trainer left whose supervisor has died: the `reason` of its `stopped` event."""
+
 _PR_SET_PDEATHSIG = 1
 
 

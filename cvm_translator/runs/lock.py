@@ -57,8 +57,14 @@ class RunLock:
             "process_start_time": process_start_time(os.getpid()),
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(holder | fields, default=str) + "\n").encode(), 0)
+        text = (json.dumps(holder | fields, default=str) + "\n").encode()
+        try:
+            # Overwritten before it is cut: on a full disk the text of a killed holder has left room for this one.
+            os.pwrite(descriptor, text, 0)
+            os.ftruncate(descriptor, len(text))
+        except OSError:
+            os.close(descriptor)
+            raise
         self._descriptor = descriptor
 
     def release(self) -> None:

@@ -7,11 +7,13 @@ also lowers the learning rate, the third lowers it once more. A rollback is writ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cvm_translator.config.schema import GuardConfig
+from cvm_translator.errors import CheckpointError
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs import atomic
 from cvm_translator.training.state import LoopState
@@ -31,6 +33,11 @@ class Judgement:
     """What the verdict rests on, for the event: drop, drop_lower_bound, margin, quality_score."""
     is_held: bool = True
     """Whether the quality stands beside the best of the width before, so that fewer bits may be tried."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the validation says anything of the model: its set was the same, and every metric gave a number."""
+        return self.verdict != "no_decision"
 
 
 class Judge(Protocol):
@@ -74,12 +81,12 @@ def next_recipe(state: LoopState, guard: GuardConfig) -> Recipe:
 
 
 def choose_action(judgement: Judgement, state: LoopState, guard: GuardConfig) -> Action:
-    """Keep what is not degraded; else roll back while the rules allow it."""
-    if not guard.enabled or not judgement.is_degraded:
-        patience = guard.early_stopping_validations
-        if guard.enabled and patience is not None and state.validations_since_best >= patience:
-            return "halt"
+    """Keep what is not degraded; else roll back while the rules allow it. Where nothing was decided nothing changes."""
+    if not guard.enabled or not judgement.is_decided:
         return "keep"
+    if not judgement.is_degraded:
+        patience = guard.early_stopping_validations
+        return "halt" if patience is not None and state.validations_since_best >= patience else "keep"
     return "roll_back" if len(state.rollbacks) < guard.max_rollbacks else "halt"
 
 
@@ -88,15 +95,24 @@ def max_executed_steps(guard: GuardConfig, num_iterations: int) -> int:
     return int(guard.max_step_budget_ratio * num_iterations)
 
 
+DECISION_FIELDS = {
+    *("attempt", "data_stream", "learning_rate_factor", "checkpoint"),
+    *("executed_steps", "num_skipped", "rollbacks"),
+}
+
+
 class DecisionFile:
     """The last rollback that was decided, on disk before anything is done about it.
 
     A run that dies in between finds it on resume: a decision of a later attempt than the newest checkpoint's is still
-    to be carried out.
+    to be carried out. The file holds its own checksum (those of older versions had none). A damaged one is passed over,
+    and `report` told, where the newest checkpoint comes from a rollback: that was the decision, or one before it, and
+    the same steps then lead to the same verdict again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, report: Callable[[str], object]) -> None:
         self.path = path
+        self._report = report
 
     def write(self, recipe: Recipe, checkpoint: str, state: LoopState) -> None:
         data = {
@@ -108,11 +124,35 @@ class DecisionFile:
             "num_skipped": state.num_skipped,
             "rollbacks": state.rollbacks,
         }
-        atomic.write_json(self.path, data)
+        assert data.keys() == DECISION_FIELDS
+        atomic.write_json(self.path, data | {"checksum": atomic.sha256_json(data)})
 
     def pending(self, newest_attempt: int) -> dict[str, Any] | None:
-        """The decision that the checkpoints do not show yet."""
+        """The decision that the checkpoints do not show yet.
+
+        Raises CheckpointError where the file is damaged and no checkpoint shows a rollback.
+        """
         if not self.path.exists():
             return None
-        data: dict[str, Any] = atomic.read_json(self.path)
-        return data if data["attempt"] > newest_attempt else None
+        data = self._read()
+        if data is not None:
+            return data if data["attempt"] > newest_attempt else None
+        if newest_attempt == 1:
+            raise CheckpointError(
+                f"{self.path} is damaged: it holds a rollback that was decided and not carried out; restore it from a"
+                " backup, or delete it, and the run repeats the steps since its newest checkpoint and judges them again"
+            )
+        self._report(f"{self.path} is damaged and passed over: attempt {newest_attempt} is under way")
+        return None
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the file holds, or None where that is not what was written."""
+        try:
+            data = atomic.read_json(self.path)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(data, dict):
+            return None
+        checksum = data.pop("checksum", None)
+        is_whole = data.keys() == DECISION_FIELDS and checksum in (None, atomic.sha256_json(data))
+        return data if is_whole and isinstance(data["attempt"], int) else None

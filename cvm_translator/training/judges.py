@@ -39,7 +39,8 @@ class ValidationJudge:
         find_perplexity: Callable[[CvmTransformer], float | None],
         beat: Callable[[], object] | None = None,
     ) -> None:
-        """`find_perplexity` is that of the validation set; `beat` is called before each batch that is decoded."""
+        """`find_perplexity` is that of the validation set; `beat` is called before each batch that is decoded, and what
+        it raises ends the validation."""
         self.stage = stage
         self.events = events
         self.validator = validator

@@ -8,6 +8,7 @@ Guarantees
 - Where the bit width falls during training, it falls only after a validation at which quality was held.
 - A rollback is on disk before it is acted on, and its changed recipe is asserted after the old state is loaded.
 - A stop, and whatever observers ask for, is obeyed at a step's end; before a stop and a pause there is a checkpoint.
+  A validation is left for a stop, and made when the loop is resumed.
 - A disk that is full during a save pauses the loop; it goes on when there is room.
 """
 
@@ -19,9 +20,10 @@ from typing import Any
 from cvm_translator.checkpoints.folder import LoadedCheckpoint
 from cvm_translator.checkpoints.store import checkpoint_name
 from cvm_translator.corpus.prefetch import BatchFeed
+from cvm_translator.errors import Stopped
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.training.faults import active_faults, learning_rate_factor
-from cvm_translator.training.guard import DecisionFile, choose_action, max_executed_steps, next_recipe
+from cvm_translator.training.guard import DecisionFile, Judgement, choose_action, max_executed_steps, next_recipe
 from cvm_translator.training.optimizer import MovingAverage, build_optimizer
 from cvm_translator.training.progress import ProgressMeter
 from cvm_translator.training.requests import obey_requests
@@ -46,7 +48,7 @@ class TrainingLoop:
         # Without the guard no loss is too high: a run that has gone bad would skip every batch from then on.
         threshold = setup.guard.spike_threshold if setup.guard.enabled else math.inf
         self.spikes = SpikeWindow(setup.guard.spike_window_steps, threshold)
-        self.decision = DecisionFile(setup.store.directory / "rollback.json")
+        self.decision = DecisionFile(setup.store.directory / "rollback.json", report=self._report_damage)
         peak = setup.cost.peak if setup.cost is not None else None
         self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations, peak)
         self.is_paused = False
@@ -64,6 +66,9 @@ class TrainingLoop:
         setup.store.protect(START)
         if not self._resume():
             self._save()
+        if self.state.is_unjudged:
+            self._validate()
+        self._halt_at_budget()
         while self.state.step < setup.settings.num_iterations and self.state.halted is None:
             # ------------------------------------------------------------------------------------------- training step
             setup.heartbeat.beat("step", stage=setup.stage, step=self.state.step, attempt=self.state.attempt)
@@ -159,12 +164,13 @@ class TrainingLoop:
     def _validate(self) -> None:
         """Validate, judge, and keep, roll back or halt."""
         setup, state = self.setup, self.state
-        setup.heartbeat.beat("validation")
+        setup.heartbeat.beat("validation", stage=setup.stage, step=state.step, attempt=state.attempt)
         self.progress.report(state)
         bits = setup.widths.widths[state.width_index]
-        judgement = judge_with_room(setup, state, self.validated_model, bits)
+        judgement = self._judge(bits)
         is_best = judgement.is_best
-        state.validations_since_best = 0 if is_best else state.validations_since_best + 1
+        if judgement.is_decided:
+            state.validations_since_best = 0 if is_best else state.validations_since_best + 1
         action = choose_action(judgement, state, setup.guard)
         setup.tell(
             state,
@@ -192,6 +198,19 @@ class TrainingLoop:
         else:
             self._halt(f"no new best in {state.validations_since_best} validations")
         self.progress.restart()
+
+    def _judge(self, bits: int) -> Judgement:
+        """The judgement of this step; one that a stop cuts short is made when the loop is resumed."""
+        setup, state = self.setup, self.state
+        try:
+            setup.stop.raise_if_requested()
+            judgement = judge_with_room(setup, state, self.validated_model, bits)
+        except Stopped as stopped:
+            state.is_unjudged = True
+            self.save_unless_saved()
+            raise Stopped(stopped.signal_number) from None
+        state.is_unjudged = False
+        return judgement
 
     def _narrow(self) -> None:
         """Go on with fewer bits: the checkpoint of this step is the new width's rollback target until it has a best."""
@@ -268,8 +287,15 @@ class TrainingLoop:
         state.rollbacks = decision["rollbacks"]
         state.consecutive_skips = 0
         setup.batches.change_stream(state.data_stream)
-        assert setup.batches.state_dict()["stream"] == state.data_stream
+        self._require_recipe(decision)
         self._save()
+
+    def _require_recipe(self, decision: dict[str, Any]) -> None:
+        """Raise where the old state, which was loaded, has undone what the rollback changes."""
+        found = {"learning_rate_factor": self.state.learning_rate_factor, "data_stream": self.setup.batches.stream}
+        for name, value in found.items():
+            if value != decision[name]:
+                raise RuntimeError(f"{name} is {value} after a rollback that changes it to {decision[name]}")
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -282,6 +308,9 @@ class TrainingLoop:
             model = averaged
         self.setup.prepare(model, UNROUNDED_BITS)
         return model.eval()
+
+    def _report_damage(self, message: str) -> None:
+        self.setup.tell(self.state, "warning", code="checkpoint", message=message)
 
     def save_unless_saved(self) -> None:
         """Have a checkpoint of this very step."""

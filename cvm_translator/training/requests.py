@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cvm_translator.errors import Stopped
 from cvm_translator.runs.control import ACTIONS, Request
 from cvm_translator.training.state import capture_random_state, restore_random_state
 
@@ -77,6 +78,8 @@ def _validate(loop: TrainingLoop, request: Request) -> None:
     random = capture_random_state()
     try:
         setup.judge.observe(state, loop.validated_model(), setup.widths.widths[state.width_index])
+    except Stopped:  # the loop saves and leaves as soon as this returns
+        _answer(loop, request, "failed", "the run was asked to leave before the validation was over")
     except Exception as error:
         # Answered also where it ends the trainer: the next one must not run into the same again.
         _answer(loop, request, "failed", f"the validation failed: {error}")

@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from cvm_translator import errors
-from cvm_translator.checkpoints.folder import DiskFullError
-from cvm_translator.errors import CheckpointError, Stopped
+from cvm_translator.errors import CheckpointError, Stopped, is_full_disk
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.runs.text import printable
 from cvm_translator.training.guard import Judgement
 from cvm_translator.training.setup import LoopSetup
 from cvm_translator.training.state import LoopState, capture_random_state, restore_random_state
@@ -28,10 +27,6 @@ RETRY_AFTER_SECONDS = 30.0
 """Tried again after so long even if no more room is seen: a quota shows in no figure."""
 
 Result = TypeVar("Result")
-
-
-def is_full_disk(error: Exception) -> bool:
-    return isinstance(error, DiskFullError) or errors.is_full_disk(error)
 
 
 def with_room(
@@ -64,14 +59,21 @@ def with_room(
 def judge_with_room(
     setup: LoopSetup, state: LoopState, build_model: Callable[[], CvmTransformer], bits: int
 ) -> Judgement:
-    """The judgement of this step; one whose files found no room is made again, as if it were the first."""
+    """The judgement of this step; one whose files found no room is made again, as if it were the first.
+
+    Raises Stopped when the run was asked to leave meanwhile; nothing is then remembered of the attempt.
+    """
     before, random = copy.deepcopy(setup.judge.state_dict()), capture_random_state()
 
     def undo() -> None:
         setup.judge.load_state_dict(before)
         restore_random_state(random)
 
-    return with_room(setup, state, lambda: setup.judge.judge(state, build_model(), bits), undo)
+    try:
+        return with_room(setup, state, lambda: setup.judge.judge(state, build_model(), bits), undo)
+    except Stopped:
+        undo()
+        raise
 
 
 def _tell(setup: LoopSetup, state: LoopState, error: Exception) -> None:
@@ -80,7 +82,7 @@ def _tell(setup: LoopSetup, state: LoopState, error: Exception) -> None:
     setup.tell(state, "paused", reason="the disk is full")
     if setup.events.is_behind:  # no room for this line either: say it where the output goes
         with contextlib.suppress(OSError):
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _wait(setup: LoopSetup) -> None:

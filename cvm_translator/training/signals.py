@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from cvm_translator.errors import Stopped
+from cvm_translator.runs.heartbeat import SUPERVISOR_GONE
 
 
 class StopRequest:
@@ -49,7 +50,7 @@ class StopRequest:
             self.signal_number, self.reason = signal_number, reason
 
     def supervisor_is_gone(self) -> None:
-        self.request(reason="the supervisor is gone")
+        self.request(reason=SUPERVISOR_GONE)
 
     def raise_if_requested(self) -> None:
         if self.signal_number is not None:
@@ -63,7 +64,7 @@ class StopRequest:
 
     def _handle_hangup(self, *_: object) -> None:
         if self.signal_number is None:
-            self._ask(signal.SIGTERM, "the supervisor is gone")
+            self._ask(signal.SIGTERM, SUPERVISOR_GONE)
 
     def _ask(self, signal_number: int, reason: str | None = None) -> None:
         self.request(signal_number, reason)

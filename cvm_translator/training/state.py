@@ -36,6 +36,8 @@ class LoopState:
     """Checkpoint and bits of the width before: its quality was held, and it is delivered if this one's is not."""
     halted: str | None = None
     """Why the loop ended before its last step, if it did."""
+    is_unjudged: bool = False
+    """Whether the validation of this step was left for a stop and is still to be made."""
 
     def to_plain(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -43,10 +45,14 @@ class LoopState:
     @classmethod
     def from_plain(cls, data: dict[str, Any]) -> LoopState:
         """Raises TypeError or KeyError where a piece is missing or foreign: an incomplete state is an error."""
-        missing = {item.name for item in dataclasses.fields(cls)} - data.keys()
+        missing = {item.name for item in dataclasses.fields(cls)} - data.keys() - _LATER_FIELDS
         if missing:
             raise KeyError(f"the checkpoint's loop state lacks {sorted(missing)}")
         return cls(**data)
+
+
+_LATER_FIELDS = {"is_unjudged"}
+"""Absent from the checkpoints of older versions, which did what the default says."""
 
 
 def capture_random_state() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cvm_translator.corpus.parallel import map_in_order
 from cvm_translator.corpus.records import Pair
 from cvm_translator.corpus.text import hash_key, make_key
-from cvm_translator.errors import CorpusError, RunFolderError
+from cvm_translator.errors import CorpusError, NoRoomError
 from cvm_translator.metrics.base import FloatArray
 from cvm_translator.metrics.bertscore import derangement
 from cvm_translator.metrics.placeholders import PLACEHOLDER
@@ -247,11 +247,11 @@ def check_loss_balance(
 
 
 def check_disk(path: Path, needed_bytes: int) -> int:
-    """Free bytes where `path` is or will be; RunFolderError if they are fewer than needed."""
+    """Free bytes where `path` is or will be; NoRoomError if they are fewer than needed."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise RunFolderError(
+        raise NoRoomError(
             f"output_dir {path}: the run needs about {needed_bytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
             "free: make room or choose another folder"
         )

@@ -41,6 +41,8 @@ signal.signal(signal.SIGTERM, note)
 signal.signal(signal.SIGINT, note)
 signal.signal(signal.SIGHUP, lambda *_: gone.set())
 heartbeat.on_gone = gone.set
+if act == "full":
+    sys.exit(72)
 if act == "early":
     print("error: corpus.train[0].path: no such file", file=sys.stderr)
     sys.exit(1)
@@ -49,6 +51,8 @@ try:
         events.write("run_started", pid=os.getpid(), restarts=heartbeat.num_restarts)
         heartbeat.beat("begun")
         heartbeat.beat("stage", stage="distil", step=0)
+        if act.startswith("stepless"):
+            sys.exit(int(act[8:]))
         step = 0
         while True:
             heartbeat.beat("step", step=step)
@@ -79,7 +83,7 @@ except CvmError as error:
     sys.exit(1)
 """
 
-QUICK = Rules(first_delay_seconds=0.01, grace_seconds=0.5, tick_seconds=0.1)
+QUICK = Rules(first_delay_seconds=0.01, grace_seconds=0.5, room_seconds=0.0, tick_seconds=0.1)
 IMPATIENT = dataclasses.replace(QUICK, patience=Patience(step=1.0))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cvm_translator.daemon.memory import count_oom_kills, has_grown
+from cvm_translator.daemon.supervisor import ROOM_BYTES
 from cvm_translator.errors import RunFolderError
 from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.lock import RunLock, read_holder
@@ -76,6 +77,47 @@ def test_a_trainer_that_ends_before_its_run_begins_is_not_started_again(supervis
 def test_a_trainer_that_cannot_be_started_again_has_failed(supervised: Any) -> None:
     assert supervised.supervise("kill9,early") == 1
     assert "could not be started again" in supervised.events("failed")[0]["message"]
+
+
+def test_a_trainer_without_room_is_started_again_until_there_is(supervised: Any) -> None:
+    """Killed while the disk is full, it cannot even begin: that counts as no restart, however often it is tried."""
+    assert supervised.supervise("kill9,full,full,full,full,full,full,exit72,exit0") == 0
+    (restart,) = supervised.restarts()
+    assert "killed by signal 9" in restart["reason"]
+    first, second = (event for event in supervised.events("warning") if event["code"] == "disk_full")
+    assert first["message"] == (
+        "the trainer found no room on the disk before its run began; it is started again when there is room"
+    )
+    assert "no room on the disk at distil step 3" in second["message"]
+    assert [event["restarts"] for event in supervised.events("run_started")] == [0, 7, 8]
+    assert supervised.events("failed") == []
+
+
+def test_more_room_is_seen_at_once(supervised: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([0, 0, 100, ROOM_BYTES])
+    monkeypatch.setattr("cvm_translator.daemon.supervisor._free_bytes", lambda path: next(free))
+    assert supervised.supervise("exit72,exit0", dataclasses.replace(supervised.rules, room_seconds=1000.0)) == 0
+    assert list(free) == []
+
+
+def test_one_that_waits_for_room_can_be_stopped(supervised: Any) -> None:
+    def stop() -> None:
+        supervised.wait_for(lambda event: event.get("code") == "disk_full")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = supervised.meanwhile(stop)
+    assert supervised.supervise("exit72", dataclasses.replace(supervised.rules, room_seconds=1000.0)) == 143
+    thread.join()
+    assert [event["signal"] for event in supervised.events("stopped")] == [15]
+
+
+def test_without_room_before_the_first_step_the_run_has_failed(supervised: Any) -> None:
+    assert supervised.supervise("full") == 1
+    assert not supervised.layout.events.exists()
+    assert supervised.supervise("stepless72") == 1
+    (failed,) = supervised.events("failed")
+    assert failed["message"].startswith("no room on the disk before the first step")
+    assert len(supervised.events("run_started")) == 1
 
 
 def test_a_folder_that_somebody_else_took_over_is_left_alone(supervised: Any) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from cvm_translator.observe.watch import RunWatch
+from cvm_translator.runs.layout import RunLayout
 
 START = datetime(2026, 3, 1, 8, 0, tzinfo=UTC)
 HASH = "5d41402abc4b2a76b9719d911017c592ae9f0e1d2c3b4a5968778695a4b3c2d1"
@@ -267,3 +270,17 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is most of a report's time; leave it out where the text alone is judged."""
     for name in ("training", "validation", "errors", "retention", "sizes"):
         monkeypatch.setattr(f"cvm_translator.observe.plots.plot_{name}", lambda *args: None)
+
+
+@pytest.fixture
+def watch_run() -> Iterator[Callable[..., RunWatch]]:
+    """Builds watches and closes them."""
+    watches: list[RunWatch] = []
+
+    def build(root: Path, **options: Any) -> RunWatch:
+        watches.append(RunWatch(RunLayout(root), **options))
+        return watches[-1]
+
+    yield build
+    for watch in watches:
+        watch.close()

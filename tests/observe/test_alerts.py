@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cvm_translator.observe.alerts import AlertBook, alerts_of_event, alerts_of_status
+from cvm_translator.observe.alerts import AlertBook, LowDisk, alerts_of_event, alerts_of_status
 from cvm_translator.observe.history import read_history
 from cvm_translator.observe.status import read_status
 from cvm_translator.runs.events import EventWriter, read_events
@@ -45,6 +46,79 @@ def test_a_start_after_a_death_is_a_restart(tmp_path: Path) -> None:
     assert [event.get("pid") or event["code"] for event in history.restarts] == [3, "restart"]
     alerts = [alert for event in history.restarts for alert in alerts_of_event(event, is_restart=True)]
     assert [(alert.name, alert.level) for alert in alerts] == [("restart", "WARNING")] * 2
+
+
+def _keys(*events: dict[str, Any], run_id: str = "r1") -> list[str]:
+    return [alert.key for event in events for alert in alerts_of_event(event, run_id=run_id)]
+
+
+def test_what_a_kill_lets_happen_again_has_the_same_key() -> None:
+    """The steps since the checkpoint are repeated: the verdict comes at another time, and is the same news."""
+    events = [
+        {"kind": "verdict", "stage": "distil", "attempt": 1, "step": 700, "verdict": "degraded", "action": "roll_back"},
+        {"kind": "rollback", "stage": "distil", "attempt": 1, "step": 700, "rollback_number": 1},
+        {"kind": "resumed", "stage": "distil", "attempt": 1, "step": 600, "exact": False},
+        {"kind": "warning", "code": "disk_full", "stage": "distil", "attempt": 1, "step": 700, "message": "x"},
+    ]
+    first, second = (_keys(*({"time": time} | event for event in events)) for time in ("t1", "t2"))
+    assert first == second
+    assert first == [
+        "degradation/r1/distil/1/700", "rollback/r1/distil/1", "inexact_resume/r1/distil/1/600",
+        "disk_full/r1/distil/1/700",
+    ]  # fmt: skip
+    later = _keys(events[0] | {"attempt": 2}, events[0] | {"stage": "teacher"}, events[1] | {"rollback_number": 2})
+    assert not {*later} & {*first} and len({*later}) == 3
+    assert not {*_keys(*events, run_id="r2")} & {*first}
+
+
+def test_a_halt_is_told_once(tmp_path: Path) -> None:
+    """By the verdict that asks for it, and not again at the end of the run."""
+    (tmp_path / "monitor").mkdir()
+    book = AlertBook(tmp_path / "monitor" / "alerts.log")
+    events: list[dict[str, Any]] = [
+        {"kind": "verdict", "time": "t1", "step": 900, "verdict": "degraded", "action": "halt"},
+        {"kind": "run_finished", "time": "t2", "halted": True, "gate_passed": True},
+        {"kind": "run_finished", "time": "t3", "halted": True, "gate_passed": True},
+    ]
+    told = [book.tell(alerts_of_event(event, run_id="r1")) for event in events]
+    assert [[alert.name for alert in alerts] for alerts in told] == [["degradation", "halted"], ["finished"], []]
+
+
+def test_a_run_that_left_since_its_supervisor_died_is_critical(make_run: Callable[..., Path]) -> None:
+    """Told once, by the event or, to a monitor that comes later, by the state."""
+    root = make_run(until="distil")
+    with EventWriter(root / "logs" / "events.jsonl") as events:
+        events.write("stopped", signal=15, reason="the supervisor is gone")
+    *_, event = read_events(root / "logs" / "events.jsonl")
+    (alert,) = alerts_of_event(event, run_id="r-20260301")
+    assert (alert.name, alert.level) == ("supervisor_gone", "CRITICAL")
+    assert alert.message == "stopped by signal 15: the supervisor is gone"
+    (same,) = alerts_of_status(read_status(root))
+    assert (same.key, same.level) == (alert.key, "CRITICAL")
+    assert "the supervisor died" in same.message
+    assert alerts_of_event(event | {"reason": "a request in control.json"}) == []
+
+
+def test_a_low_disk_is_told_each_time_that_it_becomes_low(tmp_path: Path) -> None:
+    (tmp_path / "monitor").mkdir()
+    path = tmp_path / "monitor" / "alerts.log"
+
+    def look(book: AlertBook, disk: LowDisk, free: int) -> int:
+        health = [{"code": "low_disk", "message": "make room"}] if free < 100 else []
+        unknown = dict.fromkeys(("started_at", "pid", "step", "stage", "attempt", "run_id", "result"))
+        status = unknown | {"disk_free_bytes": free, "disk_advised_bytes": 100, "health": health}
+        return len(book.tell(alerts_of_status(status, disk.look(status))))
+
+    book = AlertBook(path)
+    disk = LowDisk(book)
+    # Low; on the brink, where a save comes and goes; with room; low again.
+    assert [look(book, disk, free) for free in (300, 90, 90, 120, 90, 200, 120)] == [0, 1, 0, 0, 0, 0, 0]
+    time.sleep(0.002)
+    assert [look(book, disk, free) for free in (90, 90)] == [1, 0]
+    again = AlertBook(path)
+    disk = LowDisk(again)
+    assert [look(again, disk, free) for free in (90, 120, 90)] == [0, 0, 0]
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_a_disk_that_is_full_costs_the_log_and_not_the_alert(tmp_path: Path) -> None:

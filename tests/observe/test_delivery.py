@@ -16,7 +16,7 @@ import pytest
 from cvm_translator.cli import main as command_line
 from cvm_translator.errors import ConfigError
 from cvm_translator.observe import delivery, targets
-from cvm_translator.observe.alerts import Alert
+from cvm_translator.observe.alerts import Alert, AlertBook
 from cvm_translator.observe.delivery import Deliveries, build_payload
 from cvm_translator.observe.monitor import main
 from cvm_translator.observe.status import read_status
@@ -87,7 +87,7 @@ def opened(path: Path, found: list[Target]) -> Deliveries:
 def test_a_server_that_fails_first_gets_all_in_order_once(
     server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.answers = [500, 503, 429, 302, lambda handler: handler.connection.close(), 404]
+    server.answers = [500, 503, 429, 302, lambda handler: handler.connection.close(), 408]
     deliveries = opened(tmp_path, webhook(server.url, monkeypatch))
     deliveries.queue([alert(1), alert(2)], STATUS)
     deliveries.queue([alert(2), alert(3)], STATUS)
@@ -99,6 +99,32 @@ def test_a_server_that_fails_first_gets_all_in_order_once(
     assert server.headers["Idempotency-Key"] == "rollback/3"
     assert server.taken[0] | STATUS == server.taken[0]
     assert (server.taken[0]["alert"], server.taken[0]["level"]) == ("rollback", "WARNING")
+
+
+@pytest.mark.parametrize("code", [400, 401, 404, 410])
+def test_an_alert_that_is_refused_for_good_is_set_aside(
+    code: int, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands in nobody's way, is told of once, and is not sent again by the next monitor."""
+    server.answers = [408, 429, code]
+    found = webhook(server.url, monkeypatch)
+    deliveries = opened(tmp_path, found)
+    deliveries.queue([alert(1), alert(2)], STATUS)
+    wait_for(lambda: server.keys == ["rollback/2"])
+    assert server.num_requests == 4
+    (told,) = deliveries.find_failures()
+    assert (told.key, told.level) == ("refused/webhook_$HOOK/rollback/1", "WARNING")
+    assert told.message == f"webhook $HOOK refused the alert rollback/1: it answered HTTP {code}; it is set aside"
+    book = AlertBook(tmp_path / "monitor" / "alerts.log")
+    assert len(book.tell(deliveries.find_failures())) == 1 and book.tell(deliveries.find_failures()) == []
+    (line,) = deliveries.close(30.0)
+    assert line.startswith(f"webhook $HOOK has refused alerts (1, the last since it answered HTTP {code})")
+    notes = [json.loads(line) for line in (tmp_path / "deliveries.jsonl").read_text().splitlines()]
+    assert [note["key"] for note in notes if "refused" in note] == ["rollback/1"]
+    again = opened(tmp_path, found)
+    again.queue([alert(1)], STATUS)
+    assert again.close(30.0) == []
+    assert server.num_requests == 4
 
 
 def test_what_was_not_taken_is_sent_by_the_next_monitor_and_nothing_twice(

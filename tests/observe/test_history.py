@@ -75,3 +75,23 @@ def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
     history = read_history(path)
     assert history.num_events == 2  # the last line has no end yet
     assert history.curves["distil"].steps.tolist() == [1]
+
+
+def test_another_run_in_the_same_folder_begins_a_new_history() -> None:
+    """What the run before it had trained, validated and rolled back is not this one's; a restart of it is."""
+    history = History()
+    history.add({"kind": "run_started", "run_id": "a", "pid": 1})
+    history.add({"kind": "stage_started", "stage": "distil"})
+    history.add(_train(1))
+    history.add({"kind": "warning", "code": "x", "message": "y"})
+    history.add({"kind": "validation", "stage": "distil", "step": 1, "attempt": 1})
+    history.add({"kind": "rollback", "step": 4, "from_step": 4, "to_step": 0, "rollback_number": 1})
+    for run_id in ("a", None):
+        history.add({"kind": "run_started", "run_id": run_id, "pid": 2})
+        assert (len(history.curves["distil"]), len(history.rollbacks)) == (1, 1)
+    history.run_started = {"run_id": "a"}
+    start = {"kind": "run_started", "run_id": "b", "pid": 3}
+    history.add(start)
+    fresh = History()
+    fresh.add(start)
+    assert history == fresh

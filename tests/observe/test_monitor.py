@@ -7,10 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +18,12 @@ from cvm_translator.cli import main as command_line
 from cvm_translator.observe.live import build_view, sparkline
 from cvm_translator.observe.machine import MachineFigures, ProcessWatch
 from cvm_translator.observe.monitor import main
-from cvm_translator.observe.schedule import ScheduledReports
-from cvm_translator.observe.status_report import write_status_report
 from cvm_translator.observe.watch import RunWatch
 from cvm_translator.runs.events import EventWriter
-from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import RunLock, process_start_time
 
 COMMAND = [sys.executable, "-m", "cvm_translator", "monitor"]
 SCRIPT = Path(__file__).parents[2] / "monitor_distillation.py"
-
-
-@pytest.fixture
-def watch_run() -> Iterator[Callable[..., RunWatch]]:
-    """Builds watches and closes them."""
-    watches: list[RunWatch] = []
-
-    def build(root: Path, **options: Any) -> RunWatch:
-        watches.append(RunWatch(RunLayout(root), **options))
-        return watches[-1]
-
-    yield build
-    for watch in watches:
-        watch.close()
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -267,62 +248,6 @@ def test_figures_of_the_process() -> None:
     assert watch.measure(holder | {"process_start_time": 1.0}) is None
     assert watch.measure(holder | {"host": "elsewhere"}) is None
     assert watch.measure({"pid": None}) is None and watch.measure(None) is None
-
-
-# ---------------------------------------------------------------------------------------------------------- reports
-
-
-def test_scheduled_report(make_run: Callable[..., Path]) -> None:
-    root = make_run(until="distil")
-    reports = ScheduledReports(RunLayout(root), every_seconds=0.2)
-    reports.start()
-    path = root / "monitor" / "status_report.md"
-    _wait_for(path.exists)
-    first = path.stat().st_mtime_ns
-    _wait_for(lambda: path.stat().st_mtime_ns > first)
-    reports.close()
-    text = path.read_text()
-    assert "dead: process 4242 is gone" in text and "BLEU" in text and "(plots/validation.png)" in text
-    page = path.with_suffix(".html").read_text()
-    assert "<script" not in page and "data:image/png;base64," in page
-    assert threading.active_count() == 1 or not [t for t in threading.enumerate() if "APScheduler" in t.name]
-
-
-def test_the_schedule_survives_a_clock_that_went_back(no_plots: None, make_run: Callable[..., Path]) -> None:
-    root = make_run()
-    reports = ScheduledReports(RunLayout(root), every_seconds=1000.0)
-    reports.start()
-    path = root / "monitor" / "status_report.html"
-    _wait_for(path.exists)
-    first = path.stat().st_mtime_ns
-    reports._scheduler.modify_job("report", next_run_time=datetime.now(UTC) + timedelta(days=1))
-    reports.rearm()
-    assert reports._scheduler.get_job("report").next_run_time > datetime.now(UTC) + timedelta(hours=23)
-    reports._written_at -= 2000.0
-    reports.rearm()
-    _wait_for(lambda: path.stat().st_mtime_ns > first)
-    reports.close()
-
-
-def test_a_report_that_cannot_be_written_is_told(make_run: Callable[..., Path]) -> None:
-    root = make_run()
-    (root / "monitor").write_text("in the way")
-    reports = ScheduledReports(RunLayout(root), every_seconds=1000.0)
-    reports._write()
-    (alert,) = reports.take_failures()
-    assert alert.name == "report_failed" and "monitor" in alert.message
-    assert reports.take_failures() == []
-
-
-def test_hostile_text_in_the_status_report(make_run: Callable[..., Path]) -> None:
-    root = make_run(until="distil")
-    with EventWriter(root / "logs" / "events.jsonl") as events:
-        events.write("warning", step=1, code="x", message="<script>alert(1)</script> \x1b[2J [a](javascript:b)")
-        events.write("failed", message="<img src=x onerror=alert(1)> \u202e")
-    markdown = write_status_report(root).read_text()
-    page = (root / "monitor" / "status_report.html").read_text()
-    assert "<script" not in page and "<img src=x" not in page and "\\x1b[2J" in page
-    assert "<script" not in markdown.replace("\\<", "") and "\x1b" not in markdown and "[a](" not in markdown
 
 
 # --------------------------------------------------------------------------------------------------------- the view

@@ -65,6 +65,23 @@ def test_a_hung_trainer_that_left_is_started_again(make_run: Callable[..., Path]
         assert read_status(root)["state"] == "restarting"
 
 
+def test_a_run_that_left_since_its_supervisor_died_says_so(make_run: Callable[..., Path]) -> None:
+    root = make_run(until="distil")
+    with EventWriter(root / "logs" / "events.jsonl") as events:
+        events.write("stopped", signal=15, reason="the supervisor is gone")
+    status = read_status(root)
+    assert (status["state"], status["result"]["reason"]) == ("stopped", "the supervisor is gone")
+    assert [note["code"] for note in status["health"]] == ["supervisor_gone"]
+    text = format_status(status)
+    assert "stopped by signal 15 (the supervisor is gone): carry on with cvm-translator resume" in text
+    assert "! the supervisor died, and the run has left" in text
+    with EventWriter(root / "logs" / "events.jsonl") as events:
+        events.write("stopped", signal=15, reason="a request in control.json")
+    status = read_status(root)
+    assert status["health"] == []
+    assert "(a request in control.json)" in format_status(status)
+
+
 def test_a_pause_is_a_state_and_no_stall(make_run: Callable[..., Path]) -> None:
     root = make_run(until="distil")
     with RunLock(root / "run.lock"):

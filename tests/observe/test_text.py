@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from markdown_it import MarkdownIt
 
-from cvm_translator.observe.text import escape_markdown, format_bytes, format_seconds, printable
+from cvm_translator.observe.text import escape_markdown, format_bytes, format_seconds
+from cvm_translator.runs.text import printable
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -29,18 +30,6 @@ HOSTILE = [
     "100 % of {0} and %(name)s",
     "https://example.org www.example.org :smile:",
 ]
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_printable_leaves_nothing_that_acts(text: str) -> None:
-    shown = printable(text)
-    assert all(character.isprintable() for character in shown)
-    assert shown.encode("utf-8")
-
-
-def test_printable_keeps_every_script() -> None:
-    text = "Grüße, 你好, مرحبا, नमस्ते क्\u200dष, 👩\u200d🔧"
-    assert printable(text) == text
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -1,13 +1,21 @@
-"""Completion records: what makes a rerun skip a stage, and what counts for nothing."""
+"""What stages share: completion records (what makes a rerun skip a stage), and signs of life at which one may leave."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from cvm_translator.pipeline.context import StageRecord
+from cvm_translator.corpus.records import Pair
+from cvm_translator.errors import Stopped
+from cvm_translator.pipeline.context import RunContext, StageRecord
+from cvm_translator.pipeline.parts import build_judge
+from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.runs.layout import RunLayout
+from cvm_translator.training.signals import StopRequest
 
 
 @pytest.fixture
@@ -35,3 +43,24 @@ def test_other_inputs_or_outputs_count_for_nothing(record: StageRecord, tmp_path
 def test_a_damaged_record_counts_for_nothing(record: StageRecord, tmp_path: Path, text: str) -> None:
     (tmp_path / "stages" / "quantise.json").write_text(text)
     assert record.load() is None
+
+
+def test_a_stop_ends_a_validation_at_its_next_sign_of_life() -> None:
+    """Each decoded batch gives one: to the supervisor, and to leave for whoever asked."""
+    read, write = os.pipe()
+    context: Any = SimpleNamespace(events=None, heartbeat=Heartbeat(write), stop=StopRequest())
+    context.beat = lambda phase: RunContext.beat(context, phase)
+    context.go_on = lambda phase: RunContext.go_on(context, phase)
+    tokenizer: Any = SimpleNamespace(encode=lambda texts: [[4] for _ in texts])
+    corpus: Any = SimpleNamespace(validation=[Pair("a", "b", "")])
+    model: Any = SimpleNamespace(max_length=8)
+    unused: Any = None
+    judge = build_judge(context, "distil", unused, corpus, tokenizer, model, unused)
+    assert judge.beat is not None
+    judge.beat()
+    assert os.read(read, 100).startswith(b"validation ")
+    context.stop.request()
+    with pytest.raises(Stopped):
+        judge.beat()
+    os.close(read)
+    os.close(write)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from benchmarks.reliability.hostile_pages import PAYLOADS
 from cvm_translator.config.schema import LoggingConfig
 from cvm_translator.pipeline.journal import LiveDisplay, PlainDisplay, TextLog, describe_event
+from cvm_translator.runs.control import ControlFile, submit
+from cvm_translator.runs.events import EventWriter, read_events
 
 SCORES = {"bleu": 30.5, "chrf": 50.25}
 
@@ -117,3 +121,87 @@ def test_the_log_rotates_by_size_with_that_of_the_background_process_beside_it(t
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert all(path.stat().st_size <= 1049 for path in tmp_path.glob("train.log*"))
     assert (tmp_path / "daemon.log").read_text() == "" and "step 59/" in (tmp_path / "train.log").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- hostile text
+
+HOSTILE = [
+    *PAYLOADS,
+    "\x1b[2J\x1b]0;owned\x07",
+    "\x9b31m \x90q\x9c \x85",
+    "\u202e\u2066\u2069 \u2028 \u200b",
+    "\n2026 INFO x",
+]
+
+
+def hostile_events(text: str) -> list[dict[str, Any]]:
+    """Wherever text can stand that did not come from the program: the names in a stage's summary, too."""
+    common = {"step": 7, "stage": "distil"}
+    return [
+        {"kind": "stage_started", "stage": text},
+        {"kind": "stage_finished", "stage": text, "skipped": False, "seconds": 1.0, "summary": {text: text}},
+        progress(text),
+        validation(text, 0.9) | {"scores": {text: 1.0}},
+        {"kind": "verdict", "verdict": text, "action": text, "reason": text, **common},
+        {"kind": "rollback", "rollback_number": 1, "from_step": 9, "to_step": 7, "reason": text, "data_stream": 1,
+         "learning_rate_factor": 0.5},
+        {"kind": "warning", "message": text},
+        {"kind": "resumed", "exact": False, "differences": [text], **common},
+        {"kind": "control", "id": "a1", "action": text, "result": "unknown", "message": text},
+        {"kind": "paused", "reason": text, **common},
+        {"kind": "failed", "message": text},
+        {"kind": "stopped", "signal": 15, "reason": text},
+    ]  # fmt: skip
+
+
+def foreign(text: str) -> list[str]:
+    return [character for character in text if character != "\n" and not character.isprintable()]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_in_the_log(text: str, tmp_path: Path) -> None:
+    """One line an event, and no character that acts on the terminal of whoever reads it."""
+    log = TextLog(tmp_path / "train.log")
+    for event in hostile_events(text):
+        log(event)
+    log.note(text)
+    log.close()
+    shown = (tmp_path / "train.log").read_text(encoding="utf-8")
+    assert foreign(shown) == []
+    assert len(shown.splitlines()) == len(hostile_events(text)) + 1
+    assert all(line.endswith("Z") for line in (line.split(" ")[0] for line in shown.splitlines()))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_on_the_displays(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = PlainDisplay()
+    stream = io.StringIO()
+    live = LiveDisplay(Console(file=stream, width=120, height=40, force_terminal=True, color_system=None))
+    below = ""
+    for shown in (plain, live):
+        for event in hostile_events(text):
+            shown(event)
+            below += "\n".join(drawn(live))
+        shown.note(text)
+    assert foreign(capsys.readouterr().err) == []
+    assert foreign(below) == []
+    live.close()
+    # What is left are the sequences by which the display itself moves the cursor.
+    assert foreign(re.sub(r"\x1b\[(?:\?25[lh]|\d*[AK]|2K)|\r", "", stream.getvalue())) == []
+
+
+def test_a_request_that_nobody_knows_reaches_log_and_events_harmless(tmp_path: Path) -> None:
+    """From control.json, which anybody with access to the folder writes, to what the trainer writes of it."""
+    action = "\x1b[2J\x9b31m\u202e\x7f"
+    submit(tmp_path / "control.json", action)
+    (request,) = ControlFile(tmp_path / "control.json").poll()
+    assert request.action == action
+    with EventWriter(tmp_path / "events.jsonl") as events:
+        log = TextLog(tmp_path / "train.log")
+        events.listeners.append(log)
+        events.write("control", id=request.id, action=request.action, result="unknown", message="known actions are …")
+        log.close()
+    for name in ("events.jsonl", "train.log"):
+        assert foreign((tmp_path / name).read_text(encoding="utf-8")) == []
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert event["action"] == action

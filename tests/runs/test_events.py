@@ -64,6 +64,17 @@ def test_hostile_text_stays_on_its_line(path: Path) -> None:
     assert [event["kind"] for event in read_events(path)] == ["warning", "stopped"]
 
 
+def test_what_is_written_is_printable_ascii(path: Path) -> None:
+    """So that whoever looks at the file as it is has no character act on the terminal."""
+    text = "é \x1b[2J \x7f \x9b31m \u202e\u2028 \U0001f600 \ud800"
+    with EventWriter(path) as events:
+        events.write("warning", message=text, nested={text: [text]})
+    written = path.read_bytes()
+    assert written.endswith(b"\n") and written[:-1].decode("ascii").isprintable()
+    (event,) = read_events(path)
+    assert (event["message"], event["nested"]) == (text, {text: [text]})
+
+
 def test_train_events_wait_for_the_next_other_event(path: Path) -> None:
     with EventWriter(path) as events:
         for step in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -165,3 +166,20 @@ def test_a_wait_may_be_given_up(tmp_path: Path) -> None:
         with pytest.raises(TimeoutError), waited_lock(tmp_path / "lock", give_up):
             pass
         assert (tmp_path / "lock").exists()
+
+
+def test_a_lock_whose_holder_found_no_room_to_be_named_is_free_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same process, which goes on: a supervisor that waits for room."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            RunLock(path).acquire()
+    assert read_holder(path) is None
+    with RunLock(path):
+        assert (read_holder(path) or {})["pid"] == os.getpid()

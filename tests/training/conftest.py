@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cvm_translator.checkpoints.store import CheckpointStore
-from cvm_translator.config.schema import FaultInjection, GuardConfig, ModelConfig, TrainingConfig
+from cvm_translator.config.schema import FaultInjection, GuardConfig, ModelConfig, TrainingConfig, ValidationSettings
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.losses.distillation import DistillationLoss
@@ -21,6 +21,7 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter, read_events
 from cvm_translator.training.guard import Judgement
+from cvm_translator.training.judges import ValidationJudge
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.resume import delivered_weights
@@ -28,6 +29,7 @@ from cvm_translator.training.setup import LoopOutcome, LoopSetup
 from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.state import LoopState, seed_everything
 from cvm_translator.training.widths import UNROUNDED_BITS, WidthCourse
+from cvm_translator.validation import DistillationValidator, ValidationConfig
 
 VOCAB = 24
 STUDENT = ModelConfig(
@@ -116,6 +118,16 @@ class ScriptedJudge:
         self.num_started = state["num_started"]
 
 
+class WordTokenizer:
+    """Each token is a word: w4, w5, …"""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[int(word[1:]) for word in text.split()] for text in texts]
+
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        return [" ".join(f"w{number}" for number in row) for row in ids]
+
+
 @dataclass
 class LoopBench:
     """Builds the same loop again and again on one folder, as restarts of a process would."""
@@ -168,6 +180,28 @@ class LoopBench:
         )
         self.loops.append(loop)
         return loop
+
+    def use_real_judge(self, loop: TrainingLoop, beat: Callable[[], object] | None = None) -> None:
+        """Validate the model's own translations of 20 sentences, in 3 batches; `beat` is called before each."""
+        generator, tokenizer = np.random.default_rng(4), WordTokenizer()
+        sources = [generator.integers(4, VOCAB, 6).tolist() for _ in range(20)]
+        targets = [source[::-1] for source in sources]
+        settings = ValidationSettings(metrics=["bleu", "chrf"], weights={"bleu": 1.0, "chrf": 1.0}, batch_size=8)
+        validator = DistillationValidator(
+            ValidationConfig(settings, target_language="xx"),
+            loop.setup.store.directory.parent / "validation",
+            tokenizer.decode(sources),
+            tokenizer.decode(targets),
+        )
+        loop.setup.judge = ValidationJudge(
+            "distil",
+            loop.setup.events,
+            validator,
+            tokenizer,  # type: ignore[arg-type]
+            lambda model, bits: model,
+            DistillationDataset(sources, targets),
+            beat,
+        )
 
     def run(self, *arguments: Any, **options: Any) -> LoopOutcome:
         loop = self.build(*arguments, **options)

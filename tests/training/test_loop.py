@@ -140,6 +140,14 @@ def test_patience_runs_out(bench: Any) -> None:
     assert (outcome.state.step, outcome.final_checkpoint) == (15, "checkpoint_5")
 
 
+def test_a_validation_without_a_decision_costs_no_patience(bench: Any) -> None:
+    script = {(1, 10): "healthy", (1, 15): "no_decision", (1, 20): "healthy"}
+    outcome = bench.run(script, num_iterations=30, guard={"early_stopping_validations": 2})
+    assert outcome.halted == "no new best in 2 validations"
+    assert outcome.state.step == 20
+    assert [e["action"] for e in bench.events("verdict")] == ["keep", "keep", "keep", "halt"]
+
+
 def test_no_decision_keeps_the_best_and_does_not_roll_back(bench: Any) -> None:
     outcome = bench.run({(1, 10): "no_decision", (1, 15): "healthy", (1, 20): "healthy"})
     assert (outcome.final_checkpoint, outcome.state.rollbacks) == ("checkpoint_5", [])

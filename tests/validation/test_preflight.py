@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cvm_translator.corpus.records import Pair
-from cvm_translator.errors import CorpusError, RunFolderError
+from cvm_translator.errors import CorpusError, NoRoomError
 from cvm_translator.validation import preflight
 from cvm_translator.validation.preflight import (
     check_alignment,
@@ -146,5 +146,5 @@ def test_a_weak_distillation_gradient_names_the_temperature() -> None:
 
 def test_disk(tmp_path) -> None:
     assert check_disk(tmp_path / "not" / "made" / "yet", 1000) > 1000
-    with pytest.raises(RunFolderError, match=r"output_dir .* needs about .* MiB .* free"):
+    with pytest.raises(NoRoomError, match=r"output_dir .* needs about .* MiB .* free"):
         check_disk(tmp_path, 10**18)

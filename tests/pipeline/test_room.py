@@ -1,7 +1,9 @@
-"""The teacher's stored states are part of the room that is asked for before the first step."""
+"""Room on the disk: what is asked for before the first step, the teacher's stored states included, and want of it."""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from cvm_translator.cli import find_exit_code
 from cvm_translator.config import DistillationConfig
 from cvm_translator.config.schema import ModelConfig
 from cvm_translator.corpus.dataset import DistillationDataset
-from cvm_translator.errors import RunFolderError
+from cvm_translator.errors import EXIT_ERROR, EXIT_NO_ROOM, NoRoomError
+from cvm_translator.pipeline.distiller import ModelDistiller
+from cvm_translator.pipeline.preflight import check_room
 from cvm_translator.pipeline.student import check_room_for_stored, choose_stored
+from cvm_translator.runs import atomic
+from cvm_translator.runs.events import read_events
+from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
 from cvm_translator.training import device
@@ -96,7 +104,7 @@ def test_targets_that_were_asked_for_have_no_way_out(
     stored = choose(context, teacher, dataset)
     assert check_room_for_stored(context, stored) == 0
     set_free(monkeypatch, 999)
-    with pytest.raises(RunFolderError, match="make room"):
+    with pytest.raises(NoRoomError, match="make room"):
         check_room_for_stored(context, stored)
 
 
@@ -129,3 +137,47 @@ def test_top_targets_are_stored_where_they_are_asked_for(
 ) -> None:
     stored = choose(make_context(tmp_path, [], top_k=8, states_budget_mib=1), teacher, dataset, num_epochs=1.0)
     assert isinstance(stored, TeacherTopTargets) and stored.file.num_bytes == 20 * 6 * 8 * 4
+
+
+def test_room_is_asked_for_before_the_first_step_only(tmp_path: Path) -> None:
+    """A training that has checkpoints goes on, and pauses where it finds no room."""
+    context = make_context(tmp_path, [])
+    with pytest.raises(NoRoomError, match="make room"):
+        check_room(context, context.layout.checkpoints, 1 << 60)
+    (context.layout.checkpoints / "checkpoint_0").mkdir(parents=True)
+    check_room(context, context.layout.checkpoints, 1 << 60)
+
+
+def make_config(root: Path) -> Any:
+    return make_context(root, []).config.model_copy(update={"output_dir": root, "num_threads": 1})
+
+
+def refuse(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_start_that_finds_no_room_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thing that is written; a supervisor can then wait for room."""
+    monkeypatch.setattr(atomic, "write_json", refuse)
+    config = make_config(tmp_path / "run")
+    with pytest.raises(NoRoomError, match=r"no room in .*: free some space and run") as told:
+        ModelDistiller(config, progress=False).run_distillation()
+    assert find_exit_code(told.value, has_supervisor=True) == EXIT_NO_ROOM
+    assert find_exit_code(told.value, has_supervisor=False) == EXIT_ERROR
+
+
+def test_for_want_of_room_a_run_has_not_failed_while_a_supervisor_may_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cvm_translator.pipeline.distiller.build_corpus", refuse)
+    read, write = os.pipe()
+    with pytest.raises(NoRoomError):
+        ModelDistiller(make_config(tmp_path), progress=False, heartbeat=Heartbeat(write)).run_distillation()
+    supervised = [event["kind"] for event in read_events(tmp_path / "logs" / "events.jsonl")]
+    assert supervised == ["run_started", "warning"]
+    os.close(read)
+    os.close(write)
+    with pytest.raises(NoRoomError):
+        ModelDistiller(make_config(tmp_path), progress=False).run_distillation()
+    alone = [event["kind"] for event in read_events(tmp_path / "logs" / "events.jsonl")]
+    assert alone == [*supervised, "run_started", "failed"]
