@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import common, evidence
+from benchmarks.quantization_plot import plot_quality
 from benchmarks.quantization_rows import (
     Student,
     build_folders,
@@ -39,7 +40,6 @@ from benchmarks.quantization_table import (
     find_failures,
     find_medians,
     format_results,
-    plot_quality,
 )
 from cvm_translator.config import load_config
 from cvm_translator.corpus.build import load_split

@@ -1,4 +1,4 @@
-"""What the measured rows of the quantisation benchmark say: comparisons, demands, table and plot.
+"""What the measured rows of the quantisation benchmark say: comparisons, demands and table.
 
 Guarantees: all comparisons are made under the same resampled test sets, so that also sums of several differences have
 an interval; statistics are summed over the runs, sizes and memory are the largest of the runs. Demands are on the
@@ -26,9 +26,6 @@ from cvm_translator.metrics.resampling import (
     resample,
     resampling_counts,
 )
-from cvm_translator.observe.plot_style import FLOAT as FLOAT_COLOUR
-from cvm_translator.observe.plot_style import STUDENT as STUDENT_COLOUR
-from cvm_translator.observe.plot_style import styled, to_png
 
 BATCH_SIZES = (1, 32, 128)
 MAX_LOSS = {INT8: 0.3, QAT4: 1.0}
@@ -41,7 +38,6 @@ MAX_INT8_SHARE, MAX_INT4_SHARE = 0.27, 1 / 7
 INT8_ROWS = tuple(name for name, settings in METHODS.items() if settings["bits"] == 8)
 INT4_ROWS = (name_grid(UNIFORM), name_grid(UNIFORM_ZEROS), QAT4)
 NOT_MEASURED = "not measured: give --qat4"
-TICKS_MIB = [tick * 2.0**power for power in range(-4, 14) for tick in (1.0, 1.25, 1.5)]
 
 
 # --------------------------------------------------------------------------------------------------------- comparisons
@@ -289,33 +285,3 @@ def describe_winner(figures: Mapping[str, float]) -> str:
     if figures["p_value"] >= evidence.SIGNIFICANCE:
         return "no difference shown"
     return "mixed is better" if figures["difference"] > 0.0 else "uniform is better"
-
-
-@styled
-def plot_quality(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """BLEU against bytes, every row a point."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.8))
-    axes = figure.subplots()
-    points = sorted((row["scores"]["bleu"], row["num_bytes"] / 2**20, name) for name, row in rows.items())
-    lowest, highest = points[0][0], points[-1][0]
-    line_height = max(highest - lowest, 0.1) / 22
-    placed: list[tuple[float, float]] = []
-    for bleu, size, name in points:
-        axes.plot(size, bleu, "o", color=FLOAT_COLOUR if name == FLOAT else STUDENT_COLOUR)
-        # labels never lie on each other
-        text_height = max([bleu, *(height + line_height for other, height in placed if size < 1.5 * other)])
-        placed.append((size, text_height))
-        axes.annotate(name, (size, text_height), xytext=(8, -3), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log", base=2)
-    sizes = [size for _, size, _ in points]
-    ticks = [tick for tick in TICKS_MIB if min(sizes) / 1.2 <= tick <= max(sizes) * 1.2]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(min(sizes) / 1.1, max(sizes) * 1.3)
-    axes.set_ylim(lowest - 2 * line_height, highest + 4 * line_height)
-    axes.set_xlabel("weights, MiB")
-    axes.set_ylabel("BLEU on the test set")
-    axes.set_title("Quality against bytes")
-    return to_png(figure)

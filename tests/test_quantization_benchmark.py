@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import evidence, quantization, quantization_rows, quantization_table
+from benchmarks import evidence, quantization, quantization_plot, quantization_rows, quantization_table
 from benchmarks.common import BenchmarkError
 from benchmarks.quantization_rows import FLOAT, INT8, MIXED, QAT4, UNIFORM, UNIFORM_ZEROS, Lineup, name_grid
 from cvm_translator.corpus.records import Pair
@@ -386,3 +386,10 @@ def test_results_have_every_column_and_say_what_holds(compared: dict[str, Any]) 
 )
 def test_whether_mixed_wins_is_told_either_way(difference: float, p_value: float, expected: str) -> None:
     assert quantization_table.describe_winner({"difference": difference, "p_value": p_value}) == expected
+
+
+def test_labels_of_one_column_keep_their_distance() -> None:
+    points = [(1.0, 37.0, "a"), (1.2, 37.01, "b"), (1.1, 38.0, "c"), (4.0, 37.0, "d")]
+    places = quantization_plot.place_labels(points, line_height=0.1)
+    assert places["a"] == (1.07 * 1.2, 37.0) and places["b"] == (1.07 * 1.2, 37.1) and places["c"][1] == 38.0
+    assert places["d"] == (1.07 * 4.0, 37.0)
