@@ -1,204 +1,169 @@
-"""Hundreds of SIGKILLs on small real runs, many of them inside a save: is anything lost, is any bit different?
+"""Hundreds of SIGKILLs over whole small real runs, many of them inside a save: is anything lost, is any bit different?
 
 Rounds: one run after the other is killed again and again until it ends by itself, then compared with one that was left
-alone. A kill comes at a random moment, or as soon as a save's temporary folder is seen plus a random part of a save's
-time. It counts as *inside a save* only if it left evidence: a temporary folder or link of the checkpoint store that no
-finished save leaves behind. Checked are:
+alone. Each launch goes on from the last checkpoint, and the next kill comes some tens of steps later, so that the kills
+of a round lie all along it: best checkpoints, planted faults with their rollbacks, the start of quantised training, and
+the stages after training. What is aimed at (see `AIMS`) is drawn; where a kill fell is told by what it left on disk. It
+counts as *inside a save* only if there is a temporary folder or link of the checkpoint store that no finished save
+leaves behind. Checked are:
 
-- after each kill: the best checkpoint, and the newest that the events tell of unless newer ones have taken its place,
-  verify byte for byte;
-- after each restart: the run resumed from that checkpoint or a newer one, and says that it is exact;
-- after each round: every loss and all weights are those of the run that was left alone (see `kill_resume`).
+- after each kill: every checkpoint verifies byte for byte, as many as are to be kept are there, and `latest` and
+  `best_model` point to those that were told of last, or newer ones;
+- after each restart: the run resumed from the newest checkpoint that was told of or a newer one, and says it is exact;
+- after each process that ended by itself: it ended well;
+- after each round: every loss and all weights are those of the run that was left alone (see `kill_resume`);
+- at the end: enough kills fell where it matters (see `MINIMA`).
 
     python -m benchmarks.reliability.chaos --kills 200
 
 Kills are counted over all calls with the same --work: one that is interrupted carries on. All runs share one trained
-teacher, so that it is the student's training that is hit. Restarted processes are forked from one that has imported the
-libraries; each is a process of its own, killed by SIGKILL, with nothing kept of what it held. The program ends with 1
-if a check fails, or if too few kills were inside a save.
+teacher, so that it is the student's training that is hit. The program ends with 1 if a check fails.
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import random
 import shutil
-import signal
-import sys
+import statistics
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common, evidence
 from benchmarks.common import Arm, BenchmarkError
+from benchmarks.reliability.chaos_run import (
+    BEST_SAVE,
+    LATE_STAGES,
+    LOADING,
+    PHASES,
+    ROLLBACK,
+    SAVE,
+    TRAINING,
+    VALIDATION,
+    KilledRun,
+    Position,
+)
 from benchmarks.reliability.kill_resume import compare_runs, find_failures
-from cvm_translator.checkpoints.folder import verify_checkpoint
-from cvm_translator.checkpoints.store import CheckpointStore
-from cvm_translator.errors import CheckpointError
+from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK
 from cvm_translator.runs import atomic
-from cvm_translator.runs.atomic import TEMPORARY_PREFIX
-from cvm_translator.runs.events import EventTail
-from cvm_translator.runs.lock import read_holder
+from cvm_translator.runs.events import read_events
 
 NAME = "chaos"
 SMALL_CONFIG = Path(__file__).with_name("small.yaml")
-STUDENT_STEPS = (
+FEW_STEPS = (
+    "corpus.validation_size=300",
+    "corpus.test_size=300",
+    "teacher.training.num_iterations=1000",
+    "teacher.training.min_learning_rate_ratio=0.5",
     "distillation.num_iterations=600",
     "distillation.checkpoint_every_steps=10",
-    "validation.every_steps=150",
+    "validation.every_steps=25",
+    # Rolled back by validations and by the batches themselves.
+    "fault_injection=[{kind: weight_noise, from_step: 210, num_steps: 1, factor: 1},"
+    " {kind: nan_loss, from_step: 460, num_steps: 3}]",
 )
-SAVE_SHARE = 0.7
-"""Of the kills that are aimed at a save; some of them miss."""
-MIN_SAVE_SHARE = 0.3
-MAX_KILLS_A_ROUND = 40
-MAX_SECONDS_ALIVE = 6.0
-"""A kill at a random moment comes within so long after the restart."""
-SAVE_SECONDS = 0.15
-"""A kill aimed at a save comes within so long after its first trace, or within the time of the last save if shorter."""
+AIMS: dict[str, tuple[float, str, Callable[[KilledRun], bool]]] = {
+    "loading": (0.05, LOADING, lambda run: True),
+    "training": (0.13, TRAINING, lambda run: True),
+    "save": (0.42, SAVE, lambda run: bool(run.find_traces())),
+    "save after a validation": (0.26, SAVE, lambda run: run.position.verdict is not None and bool(run.find_traces())),
+    "validation": (0.14, VALIDATION, lambda run: run.position.is_validating),
+}
+"""Share of the kills, the phase that is meant, and what is waited for: a kill comes within the time that the phase
+takes from then, and may miss it. A rollback and the stages after training are aimed at as the run comes to them."""
+MAX_STEPS_AHEAD = 40
+"""The aim is taken so many steps at most after those that a launch resumed at."""
+ROLLBACK_SHARE = 0.5
+"""Of the rollbacks that are aimed at."""
+LOADING_SECONDS, ROLLBACK_SECONDS = 4.0, 0.2
+MAX_KILLS_A_ROUND = 60
 NUM_FRUITLESS = 3
 """After so many kills in a row without a new checkpoint or stage, the run is let go on until it has one."""
-TIMEOUT_SECONDS = 1800.0
-_POLL_SECONDS = 0.001
 
-LOST = "no committed checkpoint is lost: the newest and the best verify after each kill"
+SAVES = (SAVE, BEST_SAVE)
+NUM_PARTS = 4
+MINIMA: dict[str, tuple[float, Callable[[Mapping[str, Any]], bool]]] = {
+    "inside a save": (0.3, lambda kill: kill["phase"] in SAVES),
+    "inside the save of a best": (0.03, lambda kill: kill["phase"] == BEST_SAVE),
+    "in a validation": (0.05, lambda kill: kill["phase"] == VALIDATION),
+    "in a rollback": (0.01, lambda kill: kill["phase"] == ROLLBACK),
+    "in the stages after training": (0.03, lambda kill: kill["phase"] in LATE_STAGES),
+    "after the first best": (0.5, lambda kill: kill["has_best"]),
+}
+"""Share of the kills that must have fallen there, rounded down."""
+MIN_PART_SHARE = 0.1
+"""The same for each part of the run's steps."""
+
+LOST = "no committed checkpoint is lost: all verify, the newest are there, and so is the best, after each kill"
 RESUMED = "each restart resumes exactly, from the newest committed checkpoint or a newer one"
+ENDED = "a process that is not killed ends well"
 
 
-# ------------------------------------------------------------------------------------------------------ one killed run
+def find_part(kill: Mapping[str, Any]) -> int | None:
+    """Which part of the run's steps a kill fell in, from 0; None after training."""
+    return None if kill["phase"] in LATE_STAGES else min(NUM_PARTS - 1, int(NUM_PARTS * kill["progress"]))
 
 
-def _become_program(arguments: list[str], log: Path) -> None:
-    """In the forked process: the command line, with its output in a log."""
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from cvm_translator.cli import main
-
-    sys.argv = ["cvm-translator", *arguments]
-    sys.exit(main(arguments))
+# -------------------------------------------------------------------------------------------------------------- aiming
 
 
-class KilledRun:
-    """Launches one run, aims at it, and looks at what a kill has left."""
-
-    def __init__(self, arm: Arm, num_kept: int) -> None:
-        """`num_kept`: the config's keep_checkpoints."""
-        self.arm = arm
-        self.checkpoints = arm.layout.checkpoints
-        self.store = CheckpointStore(self.checkpoints, num_kept, report=print)
-        self.tail = EventTail(arm.layout.events)
-        self.committed: str | None = None
-        """The checkpoint of the student that the events told of last."""
-        self.committed_at = (0, -1)
-        self.save_seconds = SAVE_SECONDS
-        """What the last save took."""
-        self.num_advances = 0
-        """Checkpoints and stages that were seen to be finished."""
-        self.position = "nothing"
-        self.resumed: list[dict[str, Any]] = []
-        self.old_traces: dict[str, int] = {}
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["cvm_translator.cli", "cvm_translator.pipeline.distiller"])
-        self.server = server
-        self.process: Any = None
-
-    def launch(self) -> None:
-        self.resumed, self.old_traces = [], {}
-        self.old_traces = self.find_traces()
-        self.arm.layout.logs.mkdir(parents=True, exist_ok=True)
-        arguments = [*self.arm.command()[len(common.PROGRAM) :], "--no-progress"]
-        log = self.arm.layout.logs / "benchmark.log"
-        self.process = self.server.Process(target=_become_program, args=(arguments, log))
-        self.process.start()
-
-    def follow(self) -> None:
-        """Take in the new events."""
-        for event in self.tail.poll():
-            if event["kind"] == "train":
-                self.position = f"{event['stage']} step {event['step']}"
-            elif event["kind"] == "stage_started":
-                self.position = f"stage {event['stage']}"
-            elif event["kind"] == "stage_finished":
-                self.num_advances += 1
-            elif event["kind"] == "resumed" and event["stage"] == "distil":
-                self.resumed.append(event)
-            elif event["kind"] == "checkpoint" and event["stage"] == "distil":
-                self.num_advances += 1
-                self.committed, self.committed_at = event["path"], (event["attempt"], event["step"])
-                self.save_seconds = event["seconds"]
-
-    def find_traces(self) -> dict[str, int]:
-        """What only an unfinished save leaves in the store's folder, with inodes: this launch's own, not older ones."""
-        found = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.checkpoints) as entries:
-            for entry in entries:
-                if entry.name.startswith((TEMPORARY_PREFIX, ".replaced-")):
-                    found[entry.name] = entry.inode()
-        return {name: inode for name, inode in found.items() if self.old_traces.get(name) != inode}
-
-    def wait(self, is_reached: Any) -> bool:
-        """Follow until something is reached; False when the run ended before."""
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while time.monotonic() < deadline:
-            if is_reached():
-                return True
-            if not self.process.is_alive():
-                self.follow()
-                return False
-            time.sleep(_POLL_SECONDS)
-        raise BenchmarkError(f"the run made no progress for {TIMEOUT_SECONDS:.0f} s: see {self.arm.layout.logs}")
-
-    def has_advanced(self, since: int) -> bool:
-        self.follow()
-        return self.num_advances > since
-
-    def kill(self) -> None:
-        """SIGKILL, and wait until nothing of the process is left."""
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join()
-        while read_holder(self.arm.layout.lock) is not None:  # a helper of it may end a moment later
-            time.sleep(0.01)
-        self.follow()
-
-    def find_losses(self) -> list[str]:
-        """Which committed checkpoints do not verify any more: the best, and the newest that the events tell of.
-
-        The latter may have made room for newer ones that were committed and whose event the kills prevented.
-        """
-        best = self.checkpoints / "best_model"
-        lost = self._find_damage(os.readlink(best)) if best.is_symlink() else []
-        if self.committed is not None and (damage := self._find_damage(self.committed)):
-            newer = [name for name in self.store.names() if self._is_newer(name)]
-            lost += damage if len(newer) < self.store.keep else []
-        return lost
-
-    def _find_damage(self, name: str) -> list[str]:
-        try:
-            verify_checkpoint(self._settled(name))
-        except CheckpointError as error:
-            return [str(error)]
-        return []
-
-    def _is_newer(self, name: str) -> bool:
-        """Whether a checkpoint verifies and came after the one that the events told of last."""
-        try:
-            manifest = verify_checkpoint(self.checkpoints / name)
-        except CheckpointError:
-            return False
-        return (manifest.attempt, manifest.step) > self.committed_at
-
-    def _settled(self, name: str) -> Path:
-        """Where a checkpoint is: set aside, if the kill came between the two renames that replace it."""
-        aside = self.checkpoints / f".replaced-{name}"
-        return aside if aside.exists() and not (self.checkpoints / name).exists() else self.checkpoints / name
+def measure_seconds(arm: Arm) -> dict[str, float]:
+    """How long each phase that is aimed at takes, by the run that was left alone; of training, from save to save."""
+    config = arm.load_config()
+    stages = {
+        event["stage"]: event["seconds"]
+        for event in read_events(arm.layout.events)
+        if event["kind"] == "stage_finished" and not event["skipped"]
+    }
+    return {
+        LOADING: LOADING_SECONDS,
+        TRAINING: evidence.stage_seconds(arm)
+        / config.distillation.num_iterations
+        * config.distillation.checkpoint_every_steps,
+        SAVE: statistics.median(event["seconds"] for event in evidence.find_events(arm, "checkpoint")),
+        VALIDATION: statistics.median(event["seconds"] for event in evidence.find_events(arm, "validation")),
+        ROLLBACK: ROLLBACK_SECONDS,
+        **{stage: stages[stage] for stage in LATE_STAGES},
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------- kills
+def await_moment(run: KilledRun, generator: random.Random, num_late: int) -> str | None:
+    """Draw what to aim at and wait for the moment; returns the aim, or None when the run ended before.
+
+    `num_late`: kills of this round in the stages after training; each of these stages is aimed at once.
+    """
+    position = run.position
+    aim = generator.choices(list(AIMS), [share for share, *_ in AIMS.values()])[0]
+    phase, is_reached = AIMS[aim][1:]
+    hits_rollback = generator.random() < ROLLBACK_SHARE
+    num_steps, part = generator.uniform(0, MAX_STEPS_AHEAD), generator.random()
+    if phase != LOADING:
+        if not run.wait(lambda: position.is_in_loop or position.is_late):
+            return None
+        goal = position.step + num_steps
+
+        def is_rolling_back() -> bool:
+            return hits_rollback and position.is_rolling_back
+
+        def is_there() -> bool:
+            return position.is_late or is_rolling_back() or (position.step >= goal and is_reached(run))
+
+        if not run.wait(is_there):
+            return None
+        if position.is_late:
+            if not run.wait(lambda: position.is_late and LATE_STAGES.index(position.stage) >= num_late):
+                return None
+            aim = phase = LATE_STAGES[num_late]
+        elif is_rolling_back():
+            aim = phase = ROLLBACK
+    moment = time.monotonic() + part * run.seconds[phase]
+    return aim if run.wait(lambda: time.monotonic() > moment) else None
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
 
 
 class Record:
@@ -206,7 +171,7 @@ class Record:
 
     def __init__(self, path: Path, seed: int) -> None:
         self.path = path
-        self.data: dict[str, Any] = {"seed": seed, "kills": [], "rounds": [], LOST: [], RESUMED: []}
+        self.data: dict[str, Any] = {"seed": seed, "kills": [], "rounds": [], LOST: [], RESUMED: [], ENDED: []}
         if path.exists():
             self.data = atomic.read_json(path)
             if self.data["seed"] != seed:
@@ -218,84 +183,95 @@ class Record:
     def num_kills(self) -> int:
         return len(self.data["kills"])
 
+    def kills_of(self, number: int) -> list[dict[str, Any]]:
+        return [kill for kill in self.data["kills"] if kill["round"] == number]
+
     def save(self) -> None:
         atomic.write_json(self.path, self.data)
 
 
-def kill_once(run: KilledRun, record: Record, generator: random.Random, number: int) -> bool:
-    """Launch, aim, kill, look; False when the run had ended by itself."""
-    committed_at = run.committed_at
+def kill_once(run: KilledRun, record: Record, number: int, generator: random.Random) -> bool:
+    """Launch, aim, kill, look; False when the process ended by itself, well or not."""
+    newest, start, advances = run.newest_announced, time.monotonic(), run.num_advances
+    kills = record.kills_of(number)
+    num_late = sum(kill["phase"] in LATE_STAGES for kill in kills)
+    is_stuck = len(kills) >= NUM_FRUITLESS and not any(kill["has_advanced"] for kill in kills[-NUM_FRUITLESS:])
     run.launch()
-    start, fruitless = time.monotonic(), _count_fruitless(record, number)
-    is_aimed = generator.random() < SAVE_SHARE
-    advances = run.num_advances
-    if fruitless >= NUM_FRUITLESS and not run.wait(lambda: run.has_advanced(advances)):
-        return False
-    if is_aimed:
-        if not run.wait(run.find_traces):
-            return False
-        time.sleep(generator.uniform(0.0, min(run.save_seconds, SAVE_SECONDS)))
+    aim = None
+    if num_late < len(LATE_STAGES) and (not is_stuck or run.wait(lambda: run.num_advances > advances)):
+        aim = await_moment(run, generator, num_late)
     else:
-        moment = time.monotonic() + generator.uniform(0.0, MAX_SECONDS_ALIVE)
-        if not run.wait(lambda: time.monotonic() > moment):
-            return False
-    if not run.process.is_alive():
+        run.wait(lambda: False)
+    if aim is None or not run.kill():
+        look(run, record, newest, is_killed=False)
         return False
-    run.kill()
-    lost, traces = run.find_losses(), sorted(run.find_traces())
-    note_resumed(run, record, committed_at)
-    record.data[LOST] += [f"kill {record.num_kills + 1}: {text}" for text in lost]
-    record.data["kills"].append(
-        {
-            "round": number,
-            "at": run.position,
-            "is_aimed": is_aimed,
-            "traces": traces,
-            "has_advanced": run.num_advances > advances,
-            "seconds_alive": time.monotonic() - start,
-        }
-    )
-    record.save()
-    print(f"kill {record.num_kills}, round {number}, at {run.position}: {', '.join(traces) or '-'}", flush=True)
+    traces, position = run.find_traces(), run.position
+    kill = {
+        "round": number,
+        "aim": aim,
+        "phase": position.find_phase(traces),
+        "step": position.step,
+        "attempt": position.attempt,
+        "progress": position.step / position.num_iterations,
+        "traces": traces,
+        "has_best": position.has_best,
+        "has_advanced": run.num_advances > advances,
+        "seconds_alive": time.monotonic() - start,
+    }
+    record.data["kills"].append(kill)
+    look(run, record, newest, is_killed=True)
+    told = f"{kill['phase']} at step {kill['step']}, attempt {kill['attempt']} (aim: {aim})"
+    print(f"kill {record.num_kills}, round {number}: {told} {', '.join(traces)}", flush=True)
     return True
 
 
-def note_resumed(run: KilledRun, record: Record, committed_at: tuple[int, int]) -> None:
-    """Look at what the last launch resumed from; `committed_at` was the newest checkpoint when it was launched."""
-    for event in run.resumed:
-        if not event["exact"] or (event["attempt"], event["step"]) < committed_at:
-            record.data[RESUMED].append(f"kill {record.num_kills}: {event['step']}, committed {committed_at[1]}")
+def leave_alone(run: KilledRun, record: Record) -> None:
+    """Launch, and let it end."""
+    newest = run.newest_announced
+    run.launch()
+    run.wait(lambda: False)
+    look(run, record, newest, is_killed=False)
 
 
-def _count_fruitless(record: Record, number: int) -> int:
-    count = 0
-    for kill in reversed(record.data["kills"]):
-        if kill["has_advanced"] or kill["round"] != number:
-            break
-        count += 1
-    return count
+def look(run: KilledRun, record: Record, newest: tuple[int, int] | None, *, is_killed: bool) -> None:
+    """Note what the last launch lost; `newest` was the newest checkpoint that was told of before it."""
+    when = f"{'at' if is_killed else 'after'} kill {record.num_kills}"
+    record.data[LOST] += [f"{when}: {text}" for text in run.find_losses()]
+    if newest is not None:
+        for event in run.resumed:
+            if not event["exact"] or (event["attempt"], event["step"]) < newest:
+                record.data[RESUMED].append(f"{when}: {event['step']} {event['differences']}, committed {newest[1]}")
+        if run.position.is_in_loop and not run.resumed:
+            record.data[RESUMED].append(f"{when}: begun anew, committed {newest[1]}")
+    if not is_killed and run.process.exitcode not in (EXIT_OK, EXIT_GATE_FAILED):
+        record.data[ENDED].append(f"{when}: exit code {run.process.exitcode}")
+    record.save()
+
+
+# -------------------------------------------------------------------------------------------------------------- rounds
+
+
+def build_run(arm: Arm, expected: Arm) -> KilledRun:
+    config = arm.load_config()
+    position = Position(config.distillation.num_iterations, config.validation.every_steps)
+    return KilledRun(arm, config.keep_checkpoints, position, measure_seconds(expected))
 
 
 def run_round(arm: Arm, expected: Arm, record: Record, num_kills: int, seed: int) -> None:
     """Kill one run until it ends, or until there were kills enough; then let it end, and compare it."""
-    number = len(record.data["rounds"]) + 1
-    run = KilledRun(arm, arm.load_config().keep_checkpoints)
+    number, run = len(record.data["rounds"]) + 1, build_run(arm, expected)
     run.follow()
     try:
-        while not arm.is_done():
-            in_round = sum(kill["round"] == number for kill in record.data["kills"])
-            generator = random.Random(f"{seed} {number} {in_round}")
-            may_kill = record.num_kills < num_kills and in_round < MAX_KILLS_A_ROUND
-            if may_kill and kill_once(run, record, generator, number):
-                continue
-            committed_at = run.committed_at
-            if not arm.is_done():
-                run.launch()
-                run.process.join()
-                run.follow()
-            note_resumed(run, record, committed_at)
-            if not arm.is_done():
-                raise BenchmarkError(f"{arm.folder} did not end well: see {arm.layout.logs}")
+        for _ in range(2):  # a process that died of its own error is a failure, but the run may go on once
+            while record.num_kills < num_kills and (in_round := len(record.kills_of(number))) < MAX_KILLS_A_ROUND:
+                if not kill_once(run, record, number, random.Random(f"{seed} {number} {in_round}")):
+                    break
+            else:
+                leave_alone(run, record)
+            if run.process.exitcode in (EXIT_OK, EXIT_GATE_FAILED):
+                break
+        if run.process.exitcode not in (EXIT_OK, EXIT_GATE_FAILED) or not arm.is_done():
+            raise BenchmarkError(f"{arm.folder} did not end well: see {arm.layout.logs}")
     finally:
         if run.process is not None and run.process.is_alive():  # this program is being ended: let the run save
             run.process.terminate()
@@ -314,16 +290,24 @@ def run_round(arm: Arm, expected: Arm, record: Record, num_kills: int, seed: int
 
 def find_all_failures(record: Mapping[str, Any]) -> dict[str, list[str]]:
     """What each check found wrong, over all rounds; a check that holds has an empty list."""
-    failures: dict[str, list[str]] = {LOST: list(record[LOST]), RESUMED: list(record[RESUMED])}
+    failures: dict[str, list[str]] = {check: list(record[check]) for check in (LOST, RESUMED, ENDED)}
     for number, entry in enumerate(record["rounds"], start=1):
         for check, found in entry["failures"].items():
             failures.setdefault(check, []).extend(f"round {number}: {item}" for item in found)
-    num_inside = sum(bool(kill["traces"]) for kill in record["kills"])
-    num_kills = len(record["kills"])
-    failures[f"at least {MIN_SAVE_SHARE:.0%} of the kills were inside a save"] = (
-        [f"{num_inside} of {num_kills}"] if num_inside < MIN_SAVE_SHARE * num_kills else []
-    )
-    return failures
+    return failures | find_shortfalls(record["kills"])
+
+
+def find_shortfalls(kills: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Where too few kills fell to show anything."""
+    found = [(name, share, sum(map(is_there, kills))) for name, (share, is_there) in MINIMA.items()]
+    for part in range(NUM_PARTS):
+        num = sum(find_part(kill) == part for kill in kills)
+        found.append((f"in part {part + 1} of {NUM_PARTS} of the steps", MIN_PART_SHARE, num))
+    shortfalls = {}
+    for name, share, num in found:
+        needed = int(share * len(kills))
+        shortfalls[f"at least {needed} of {len(kills)} kills {name}"] = [f"{num} kills"] if num < needed else []
+    return shortfalls
 
 
 def run_benchmark(options: Namespace) -> dict[str, Any]:
@@ -344,7 +328,7 @@ def run_benchmark(options: Namespace) -> dict[str, Any]:
         "settings": [*options.steps, *options.set],
         "seed": options.seed,
         "kills": record.data["kills"],
-        "num_inside_save": sum(bool(kill["traces"]) for kill in record.data["kills"]),
+        "num_inside_save": sum(kill["phase"] in SAVES for kill in record.data["kills"]),
         "rounds": record.data["rounds"],
         "failures": find_all_failures(record.data),
     }
@@ -352,35 +336,44 @@ def run_benchmark(options: Namespace) -> dict[str, Any]:
 
 def format_results(data: Mapping[str, Any]) -> str:
     """The checks and the tables as Markdown."""
+    kills = data["kills"]
     lines = [f"# Chaos: {evidence.describe_config(data)}", ""]
     lines += [
-        f"{len(data['kills'])} SIGKILLs in {len(data['rounds'])} runs, {data['num_inside_save']} of them inside a save,"
+        f"{len(kills)} SIGKILLs in {len(data['rounds'])} runs, {data['num_inside_save']} of them inside a save,"
         " each run compared with one that was left alone:",
         "",
         *evidence.describe_checks(data["failures"]),
         "",
     ]
     rows: list[list[object]] = []
+    for phase in PHASES:
+        of_phase = [kill for kill in kills if kill["phase"] == phase]
+        parts = [sum(find_part(kill) == part for kill in of_phase) for part in range(NUM_PARTS)]
+        rows.append([phase, len(of_phase), *(["-"] * NUM_PARTS if phase in LATE_STAGES else parts)])
+    header = ["killed in", "kills", *(f"part {part + 1} of the steps" for part in range(NUM_PARTS))]
+    lines += [evidence.markdown_table(header, rows), ""]
+    rows = []
     for number, entry in enumerate(data["rounds"], start=1):
-        kills = [kill for kill in data["kills"] if kill["round"] == number]
+        of_round = [kill for kill in kills if kill["round"] == number]
         compared = entry["compared"]
-        replayed = sum(compared["num_losses"].values()) - sum(compared["num_steps"].values())
+        num_steps = sum(compared["num_steps"].values())
         wrong = len(compared["different_steps"]) + len(compared["missing_steps"])
-        inside = sum(bool(kill["traces"]) for kill in kills)
-        rows.append([number, len(kills), inside, sum(compared["num_steps"].values()), replayed, wrong])
+        inside = sum(kill["phase"] in SAVES for kill in of_round)
+        replayed = sum(compared["num_losses"].values()) - num_steps
+        rows.append([number, len(of_round), inside, num_steps, replayed, wrong])
     header = ["run", "kills", "inside a save", "steps", "replayed", "different or missing"]
     return "\n".join([*lines, evidence.markdown_table(header, rows)])
 
 
 def main() -> int:
     parser = common.build_parser(
-        "Kill small runs at random moments and inside saves, and compare them with one that was left alone.",
+        "Kill small runs all along and inside saves, and compare them with one that was left alone.",
         SMALL_CONFIG,
         common.RESULTS / "work" / NAME,
     )
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="over all calls with this --work")
     parser.add_argument("--seed", type=int, default=13, help="draws the moments")
-    parser.add_argument("--steps", nargs="*", default=list(STUDENT_STEPS), metavar="KEY=VALUE", help="the run's length")
+    parser.add_argument("--steps", nargs="*", default=list(FEW_STEPS), metavar="KEY=VALUE", help="the run's length")
     options = parser.parse_args()
     if options.kills < 1:
         raise BenchmarkError(f"--kills {options.kills}: give at least 1")

@@ -1,8 +1,8 @@
 """Is a run that is killed again and again the same run? `start`, then `kill -9` and `resume`, N times, at random times.
 
-Checked against an uninterrupted run of the same config: the loss of every (stage, step, attempt) in the events, as many
-times as it was computed, bit for bit; no step missing; and the teacher's and the student's weights byte for byte. Both
-stages that train are hit, as are the moments in which a run loads, validates, saves, quantises and judges.
+Checked against an uninterrupted run of the same config: the loss of every executed step in the events, as many times as
+it was computed, bit for bit; no step missing; and the teacher's and the student's weights byte for byte. Both stages
+that train are hit, as are the moments in which a run loads, validates, saves, quantises and judges.
 
     python -m benchmarks.reliability.kill_resume
 
@@ -164,12 +164,16 @@ def kill_and_resume(run: KilledRun, num_kills: int, seed: int) -> list[Kill]:
 # ---------------------------------------------------------------------------------------------------------- comparison
 
 
-def read_losses(arm: Arm) -> dict[tuple[str, int, int], list[Any]]:
-    """Every loss in the events by (stage, step, attempt); steps replayed after a kill have several."""
-    losses: dict[tuple[str, int, int], list[Any]] = {}
+def read_losses(arm: Arm) -> dict[tuple[str, int, int, int], list[Any]]:
+    """Every loss in the events by (stage, step, attempt, executed step); those replayed after a kill have several.
+
+    A step whose batch was skipped is executed once more, with another batch.
+    """
+    losses: dict[tuple[str, int, int, int], list[Any]] = {}
     for event in read_events(arm.layout.events):
         if event["kind"] == "train":
-            losses.setdefault((event["stage"], event["step"], event["attempt"]), []).append(event["loss"])
+            key = (event["stage"], event["step"], event["attempt"], event["executed_step"])
+            losses.setdefault(key, []).append(event["loss"])
     return losses
 
 
@@ -177,7 +181,7 @@ def compare_runs(expected: Arm, killed: Arm) -> dict[str, Any]:
     """Steps, replays, and everything that differs."""
     reference, losses = read_losses(expected), read_losses(killed)
     different = [key for key in losses if any(loss != reference.get(key, [None])[0] for loss in losses[key])]
-    stages = Counter(stage for stage, _, _ in losses)
+    stages = Counter(stage for stage, *_ in losses)
     return {
         "num_steps": dict(stages),
         "num_losses": {stage: sum(len(losses[key]) for key in losses if key[0] == stage) for stage in stages},
