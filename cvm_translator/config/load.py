@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from cvm_translator.config.schema import QuantizationConfig, RunConfig
 from cvm_translator.errors import ConfigError
@@ -91,11 +92,23 @@ class DistillationConfig(RunConfig):
 
 
 def build_quantization(settings: dict[str, Any]) -> QuantizationConfig:
-    """Quantisation settings of their own, as the command line gives them. Raises `ConfigError`."""
+    """Quantisation settings of their own, as the command line gives them: one that would change nothing is refused.
+
+    Raises `ConfigError`.
+    """
     try:
-        return QuantizationConfig(**settings)
+        config = QuantizationConfig(**settings)
     except ValidationError as error:
-        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        raise ConfigError(_describe_problem(error.errors(include_url=False)[0], "quantization")) from None
+    if config.method == "mixed" and "bits" in settings:
+        raise ConfigError(f"quantization.bits {config.bits}: method mixed chooses the bits of each layer; leave it out")
+    for name in ("group_size", "symmetric"):
+        if name in settings and (config.method == "mixed" or config.bits != 4):
+            raise ConfigError(
+                f"quantization.{name} {settings[name]!r} is that of 4-bit weights: leave it out, or choose method"
+                " weight_only with bits 4"
+            )
+    return config
 
 
 def load_config(
@@ -244,14 +257,20 @@ def _checked(origin: str, data: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
-        key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
+            key = ".".join(str(part) for part in problem["loc"])
             raise ConfigError(f"{origin}: unknown setting {key}{_suggest(problem['loc'])}") from None
-        value = problem.get("input")
-        shown = f" (got {value!r:.80})" if not isinstance(value, dict) else ""
-        message = problem["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{origin}: {key or 'settings'}: {message}{shown}") from None
+        raise ConfigError(f"{origin}: {_describe_problem(problem)}") from None
     return data
+
+
+def _describe_problem(problem: ErrorDetails, *section: str) -> str:
+    """One of pydantic's findings: the setting, what is wrong and, where it is no whole section, the value."""
+    key = ".".join([*section, *map(str, problem["loc"])])
+    value = problem.get("input")
+    shown = f" (got {value!r:.80})" if not isinstance(value, dict) else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key or 'settings'}: {message}{shown}"
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:

@@ -480,9 +480,9 @@ class QuantizationConfig(Settings):
     """For progressive: the bit widths in their order, ending in `bits`; default 16, 8 (and 4)."""
     calibration_sentences: PositiveInt = 256
     """Training sentences that static calibrates on, and by which mixed tells the layers' sensitivity."""
-    target_compression_ratio: float | None = Field(None, gt=1.0)
+    target_compression_ratio: float | None = Field(None, gt=1.0, allow_inf_nan=False)
     """For mixed: float32 bytes over deployed bytes."""
-    target_megabytes: float | None = Field(None, gt=0.0)
+    target_megabytes: float | None = Field(None, gt=0.0, allow_inf_nan=False)
     """For mixed: size of the deployed weights, in 10⁶ bytes."""
     plan: Path | None = None
     """For mixed: a plan to use as it is (quantization_plan.yaml of another run, perhaps edited)."""

@@ -2,7 +2,8 @@
 
 This is the grid that CTranslate2 deploys (`quantize_s8_row` and `ModelSpec.quantize`: scale = 127 / absmax, a row of
 zeros has scale 1, `nearbyint`/`np.rint`), so weights quantised here and there are the same integers. A row is one
-output of a linear layer or one token of an embedding for weights, and one token for activations.
+output of a linear layer or one token of an embedding for weights, and one token for activations. A row whose scale
+float32 does not hold (absmax below 3.73e-37) is a row of zeros.
 
 The step of a row is the reciprocal of that scale: value = integer × step. NaN and infinities in a row make the
 whole row NaN when fake-quantised, so that the loss shows them; quantising to integers refuses nothing, check before.
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127.0
+_SMALLEST = 3.732195e-37
+"""The least absmax whose scale float32 holds; torch takes 127 / absmax as 127 × (1 / absmax)."""
 
 
 def compute_inverse_step(values: Tensor) -> Tensor:
-    """127 / absmax of each row of a float tensor (..., K), as (..., 1); 1 where a row is all zeros."""
+    """127 / absmax of each row of a float tensor (..., K), as (..., 1); 1 where float32 does not hold that."""
     absmax = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
-    return torch.where(absmax == 0, 1.0, INT8_MAX / absmax)
+    return torch.where(absmax < _SMALLEST, 1.0, INT8_MAX / absmax)
 
 
 def quantize_int8(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@
 | `static` | 8 | nothing | int8 weights, activations on calibrated grids |
 | `qat` | 8, 4 | the rounding | as `dynamic`, or as `weight_only` with 4 bits |
 | `weight_only` | 4, 8, 16 | nothing | int4, int8 or float16 weights, float activations |
-| `progressive` | 8, 4 | the rounding at 16, then 8, then 4 bits | as `qat` |
+| `progressive` | 8, 4 | nothing at first (16 bits), then the rounding at 8, then at 4 | as `qat` |
 | `mixed` | | nothing | as its plan says |
 
 The tied embedding has the format of the linear layers; norms and biases stay float32.

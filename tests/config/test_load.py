@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from cvm_translator.config import DistillationConfig, RunConfig, dump_config, load_config
-from cvm_translator.config.load import FLAT_KEYS
+from cvm_translator.config.load import FLAT_KEYS, build_quantization
 from cvm_translator.config.schema import MetricName
 from cvm_translator.errors import ConfigError
 
@@ -282,6 +282,50 @@ def test_overrides_leave_no_trace_in_the_next_config(write: Any) -> None:
 def test_what_could_only_fail_later_is_refused_now(text: str, words: str, write: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         load_config(write(MINIMAL + text))
+
+
+# ------------------------------------------------------------------------------------------------ quantisation alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"method": "mixed", "target_megabytes": -1.0},
+            "quantization.target_megabytes: Input should be greater than 0",
+        ),
+        ({"method": "mixed", "target_megabytes": -1.0}, "(got -1.0)"),
+        (
+            {"method": "mixed", "target_compression_ratio": 0.5},
+            "quantization.target_compression_ratio: Input should be",
+        ),
+        ({"method": "mixed", "target_compression_ratio": float("nan")}, "(got nan)"),
+        ({"method": "mixed", "target_compression_ratio": float("inf")}, "Input should be a finite number (got inf)"),
+        ({"method": "weight_only", "bits": 5}, "quantization.bits: Input should be 4, 8 or 16 (got 5)"),
+        ({"method": "dynamic", "bits": 4}, "quantization: method dynamic has no 4 bits: it has 8"),
+        ({"method": "mixed", "target_megabytes": 1.0, "bits": 4}, "quantization.bits 4: method mixed chooses"),
+        ({"method": "mixed", "target_megabytes": 1.0, "group_size": 64}, "quantization.group_size 64 is that of 4-bit"),
+        ({"method": "mixed", "target_megabytes": 1.0, "symmetric": False}, "quantization.symmetric False is that of"),
+        (
+            {"method": "dynamic", "group_size": "row"},
+            "quantization.group_size 'row' is that of 4-bit weights: leave it",
+        ),
+        ({"method": "weight_only", "bits": 16, "symmetric": False}, "choose method weight_only with bits 4"),
+    ],
+)
+def test_a_bad_quantisation_setting_is_named_with_its_value(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        build_quantization(settings)
+
+
+def test_what_the_other_settings_of_quantisation_mean_is_asked_of_the_command_line_only() -> None:
+    """A run's config spells out every default, whatever the method."""
+    assert build_quantization({"method": "dynamic", "bits": 8}).bits == 8
+    grid = {"method": "weight_only", "bits": 4, "group_size": 32, "symmetric": False}
+    assert build_quantization(grid).model_dump(include=set(grid)) == grid
+    for given in ({"method": "dynamic"}, {"method": "mixed", "target_megabytes": 1.0}):
+        config = DistillationConfig(quantization=given)
+        assert RunConfig(**yaml.safe_load(dump_config(config))).quantization == build_quantization(given)
 
 
 # ---------------------------------------------------------------------------------------------------------- round trip

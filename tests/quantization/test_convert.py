@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
+from cvm_translator.config import load_config
+from cvm_translator.config.schema import QuantizationConfig
+from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.quantization import (
     AdvancedQuantizer,
     FourBitLinear,
     LayerFormat,
-    TiedEmbedding,
     check_plan,
     convert_with_plan,
     count_bytes,
@@ -139,32 +143,33 @@ def test_bytes_are_those_of_the_file_and_need_no_numbers(net, layer_format, cali
     assert count_bytes(convert_with_plan(empty, plan)) == count_bytes(converted)
 
 
-class Shaped(nn.Module):
-    """The layers of the student of configs/cvm_small.yaml: 2 + 1 layers, 256 wide, 4,000 words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = TiedEmbedding(4000, 256)
-        shapes = [(256, 768), (256, 256), (256, 1024), (1024, 256)] * 3 + [(256, 256), (256, 512), (256, 256)]
-        self.layers = nn.ModuleList(nn.Linear(width, num_outputs) for width, num_outputs in shapes)
-        self.norms = nn.ModuleList(nn.LayerNorm(256) for _ in range(9))
+@pytest.fixture(scope="module")
+def small_student() -> tuple[QuantizationConfig, CvmTransformer]:
+    """The student of configs/cvm_small.yaml without numbers, and how it is quantised."""
+    config = load_config(Path(__file__).parents[2] / "configs" / "cvm_small.yaml")
+    with torch.device("meta"):
+        return config.quantization, CvmTransformer(config.student.model, config.tokenizer.vocab_size)
 
 
 @pytest.mark.parametrize(
     ("quantizer", "share"),
     [
-        (AdvancedQuantizer("qat", 4), 1 / 7),
-        (AdvancedQuantizer("weight_only", 4, symmetric=False), 1 / 7),
         (AdvancedQuantizer("weight_only", 4, group_size=None), 1 / 7.5),
         (AdvancedQuantizer("qat", 8), 0.27),
         (AdvancedQuantizer("static", 8), 0.27),
         (AdvancedQuantizer("weight_only", 16), 0.51),
     ],
 )
-def test_share_of_the_float_file(quantizer, share):
-    with torch.device("meta"):
-        model = Shaped()
+def test_share_of_the_float_file(quantizer, share, small_student):
+    _, model = small_student
     assert quantizer.num_bytes(model) <= share * count_bytes(model)
+
+
+def test_four_bits_on_the_config_s_own_grid_are_a_seventh(small_student):
+    quantization, model = small_student
+    assert isinstance(quantization.group_size, int)
+    grid = {"group_size": quantization.group_size, "symmetric": quantization.symmetric}
+    assert AdvancedQuantizer("qat", 4, **grid).num_bytes(model) <= count_bytes(model) / 7
 
 
 def test_a_single_layer_is_a_model():

@@ -21,14 +21,22 @@ from cvm_translator.quantization.grid import (
 rows = hnp.arrays(
     np.float32,
     hnp.array_shapes(min_dims=2, max_dims=2, max_side=12),
-    elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-20 else x),
+    elements=st.floats(-1e4, 1e4, width=32) | st.floats(-(2.0**-119), 2.0**-119, width=32),
 )
+SMALLEST = (63.5 + 2.0**-17) * 2.0**-127
+"""The smallest largest number of a row that has a scale."""
 
 
 def quantize_like_ctranslate2(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ModelSpec._quantize for int8 (and quantize_s8_row, which differs only in its name for an empty row's scale)."""
+    """ModelSpec._quantize for int8 (and quantize_s8_row, which differs only in its name for an empty row's scale).
+
+    Rows whose scale is infinite, which have no integers there, are taken for empty ones.
+    """
     amax = np.amax(np.absolute(values), axis=1)
-    amax[amax == 0] = 127.0
+    with np.errstate(divide="ignore", over="ignore"):
+        is_empty = np.isinf(np.float32(127.0) / amax)
+    amax[is_empty] = 127.0
+    values = np.where(is_empty[:, None], 0, values)
     scale = (127.0 / amax).astype(np.float32)
     return np.rint(values * scale[:, None]).astype(np.int8), scale
 
@@ -51,8 +59,10 @@ def test_grid_properties(values):
     assert integers.abs().max() <= 127
     assert bool(((restored - tensor).abs() <= steps * 0.5001).all())
     assert torch.equal(fake_quantize(tensor), restored)
-    again, _ = quantize_int8(restored)  # what was rounded once stays where it is
-    assert torch.equal(again, integers)
+    # what was rounded once stays where it is, unless that is too small for a scale
+    is_kept = restored.abs().amax(1) >= SMALLEST
+    again, _ = quantize_int8(restored)
+    assert torch.equal(again[is_kept], integers[is_kept]) and not again[~is_kept].any()
     assert torch.equal(quantize_int8(-tensor)[0], -integers)
 
 
@@ -66,6 +76,25 @@ def test_zero_rows_stay_zero_and_do_not_disturb_others():
     rounded = fake_quantize(values)
     assert rounded[0].tolist() == [0.0, 0.0]
     assert rounded[1, 1] == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize("largest", [2.0**-149, 2.0**-126, (63.5 + 2.0**-18) * 2.0**-127])
+def test_rows_too_small_for_a_scale_are_zeros(largest):
+    values = torch.tensor([[largest, -largest, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    integers, steps = quantize_int8(values.detach())
+    assert (integers[0].tolist(), steps[0].item()) == ([0, 0, 0], 1.0)
+    rounded = fake_quantize(values)
+    assert rounded[0].tolist() == [0.0, 0.0, 0.0] and bool(rounded.isfinite().all())
+    rounded.sum().backward()
+    assert torch.equal(values.grad, torch.ones(2, 3))
+
+
+def test_the_smallest_row_with_a_scale():
+    smallest = torch.tensor([[SMALLEST]])
+    integers, _ = quantize_int8(smallest)
+    assert integers.item() == 127 and bool((127 / smallest).isfinite())
+    below = torch.nextafter(smallest, torch.zeros(1, 1))
+    assert (quantize_int8(below)[0].item(), (127 / below).item()) == (0, float("inf"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
