@@ -17,6 +17,7 @@ from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.initialization import init_random
+from cvm_translator.models.perplexity import compute_perplexity, measure_reference_losses
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter, read_events
@@ -186,6 +187,7 @@ class LoopBench:
         generator, tokenizer = np.random.default_rng(4), WordTokenizer()
         sources = [generator.integers(4, VOCAB, 6).tolist() for _ in range(20)]
         targets = [source[::-1] for source in sources]
+        held_out = DistillationDataset(sources, targets)
         settings = ValidationSettings(metrics=["bleu", "chrf"], weights={"bleu": 1.0, "chrf": 1.0}, batch_size=8)
         validator = DistillationValidator(
             ValidationConfig(settings, target_language="xx"),
@@ -199,7 +201,7 @@ class LoopBench:
             validator,
             tokenizer,  # type: ignore[arg-type]
             lambda model, bits: model,
-            DistillationDataset(sources, targets),
+            lambda model: compute_perplexity(measure_reference_losses(model, held_out, len(held_out), batch_size=8)),
             beat,
         )
 
