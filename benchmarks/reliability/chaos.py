@@ -21,12 +21,10 @@ if a check fails, or if too few kills were inside a save.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -35,6 +33,7 @@ from typing import Any
 
 from benchmarks import common, evidence
 from benchmarks.common import Arm, BenchmarkError
+from benchmarks.reliability.forked import Forge
 from benchmarks.reliability.kill_resume import compare_runs, find_failures
 from cvm_translator.checkpoints.folder import verify_checkpoint
 from cvm_translator.checkpoints.store import CheckpointStore
@@ -71,18 +70,6 @@ RESUMED = "each restart resumes exactly, from the newest committed checkpoint or
 # ------------------------------------------------------------------------------------------------------ one killed run
 
 
-def _become_program(arguments: list[str], log: Path) -> None:
-    """In the forked process: the command line, with its output in a log."""
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from cvm_translator.cli import main
-
-    sys.argv = ["cvm-translator", *arguments]
-    sys.exit(main(arguments))
-
-
 class KilledRun:
     """Launches one run, aims at it, and looks at what a kill has left."""
 
@@ -102,19 +89,14 @@ class KilledRun:
         self.position = "nothing"
         self.resumed: list[dict[str, Any]] = []
         self.old_traces: dict[str, int] = {}
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["cvm_translator.cli", "cvm_translator.pipeline.distiller"])
-        self.server = server
+        self.forge = Forge()
         self.process: Any = None
 
     def launch(self) -> None:
         self.resumed, self.old_traces = [], {}
         self.old_traces = self.find_traces()
-        self.arm.layout.logs.mkdir(parents=True, exist_ok=True)
         arguments = [*self.arm.command()[len(common.PROGRAM) :], "--no-progress"]
-        log = self.arm.layout.logs / "benchmark.log"
-        self.process = self.server.Process(target=_become_program, args=(arguments, log))
-        self.process.start()
+        self.process = self.forge.launch(arguments, self.arm.layout.logs / "benchmark.log")
 
     def follow(self) -> None:
         """Take in the new events."""
