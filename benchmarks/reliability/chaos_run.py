@@ -8,10 +8,8 @@ an unfinished save leaves in the checkpoint store's folder.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Arm, BenchmarkError
+from benchmarks.reliability.forked import Forge
 from cvm_translator.checkpoints.folder import verify_checkpoint
 from cvm_translator.checkpoints.store import BEST, LATEST, CheckpointStore
 from cvm_translator.errors import CheckpointError
@@ -108,18 +107,6 @@ class Position:
 # ------------------------------------------------------------------------------------------------------ one killed run
 
 
-def _become_program(arguments: list[str], log: Path) -> None:
-    """In the forked process: the command line, with its output in a log."""
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from cvm_translator.cli import main
-
-    sys.argv = ["cvm-translator", *arguments]
-    sys.exit(main(arguments))
-
-
 class KilledRun:
     """Launches one run, follows it, kills it, and looks at what is left."""
 
@@ -137,9 +124,7 @@ class KilledRun:
         """New checkpoints, and stages that were done and not found done."""
         self.resumed: list[dict[str, Any]] = []
         """What the last launch told of its resume."""
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["cvm_translator.cli", "cvm_translator.pipeline.distiller"])
-        self.server = server
+        self.forge = Forge()
         self.process: Any = None
 
     @property
@@ -148,11 +133,9 @@ class KilledRun:
 
     def launch(self) -> None:
         self.resumed = []
-        self.arm.layout.logs.mkdir(parents=True, exist_ok=True)
         arguments = [*self.arm.command()[len(common.PROGRAM) :], "--no-progress"]
         log = self.arm.layout.logs / "benchmark.log"
-        self.process = self.server.Process(target=_become_program, args=(arguments, log))
-        self.process.start()
+        self.process = self.forge.launch(arguments, log)
 
     def follow(self) -> None:
         """Take in the new events."""

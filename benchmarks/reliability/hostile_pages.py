@@ -1,10 +1,12 @@
 """Does a browser run, load or hide anything when it opens reports full of hostile text?
 
 A run folder is made whose events and final report hold every text of `PAYLOADS` wherever text of a corpus, a model or
-an error can stand. Its status report and its comparison report are opened in a headless Chromium, as they are and once
-more without their Content-Security-Policy, so that the escaping is judged by itself. A script that ran would have
-marked the page; whatever the page loads goes through a proxy that counts; the plots must have a size. A page with the
-same texts unescaped shows that the judge would have found it.
+an error can stand. Its status report and its comparison report are opened in a headless Chromium: as they were
+delivered, with their own Content-Security-Policy; without it, so that the escaping is judged by itself; and with one
+that forbids pictures. Each page is looked at from outside through the browser's debugging pipe, so nothing is added to
+it. A script that ran would have marked the page; whatever the page loads goes through a proxy that counts; the plots
+must be decoded and in view. A page with the same texts unescaped, and the one that may show no pictures, prove that the
+judge would have found it.
 
     python -m benchmarks.reliability.hostile_pages [--browser PATH]
 
@@ -20,12 +22,14 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common, evidence
 from benchmarks.common import BenchmarkError
+from benchmarks.reliability.browser import Browser
 from benchmarks.reliability.rotations import idle_run
 from cvm_translator.runs.events import EventWriter
 
@@ -72,10 +76,17 @@ PAYLOADS = [
 RUNS = "document.documentElement.setAttribute('data-ran','1')"
 """What `pwned()` stands for in a browser."""
 CSP = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-PROBE = (
-    "<script>document.documentElement.setAttribute('data-plots',"
-    "[...document.images].filter(i => i.naturalWidth > 99).length)</script>"
+NO_PICTURES = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+SHOWN = "[...document.images].filter(i => i.complete && i.naturalWidth > 99 && i.getClientRects().length > 0).length"
+"""How many pictures of a page are decoded, large and in view."""
+BARE, BLIND = ", without its policy", ", with a policy against pictures (control)"
+NAKED = "the same texts unescaped (control)"
+
+QUIET = (
+    "no script runs and no request is made, with the page's own policy, without one and with another; the text is there"
 )
+PLOTS = "each page, as it was delivered, shows all its plots"
+JUDGED = "the judge can fail: unescaped texts run and make requests, and a policy against pictures shows none"
 
 
 def write_hostile_run(root: Path, payloads: list[str]) -> None:
@@ -138,26 +149,34 @@ class CountingProxy:
         self._server.server_close()
 
 
-def open_page(browser: str, page: Path, proxy: CountingProxy) -> dict[str, Any]:
-    """What a browser made of a page."""
-    with tempfile.TemporaryDirectory() as profile:
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--mute-audio",
-                   f"--user-data-dir={profile}", f"--proxy-server={proxy.address}", "--virtual-time-budget=5000",
-                   "--dump-dom", f"http://{proxy.address}/page"]  # fmt: skip
-        proxy.page = page.read_bytes()
-        done = subprocess.run(command, capture_output=True, timeout=600, check=True)
-    document = done.stdout.decode("utf-8", "replace")
-    tag = re.search(r"<html[^>]*>", document)
-    plots = re.search(r'data-plots="(\d+)"', tag[0]) if tag else None
-    return {
-        "ran": tag is not None and "data-ran" in tag[0],
+def open_page(browser: Browser, page: Path, proxy: CountingProxy) -> dict[str, Any]:
+    """What a browser made of a page: the pictures in it and those that it shows, seen from outside the page."""
+    proxy.page = page.read_bytes()
+    opened = browser.open(f"http://{proxy.address}/page")
+    document = str(opened.evaluate("document.documentElement.outerHTML"))
+    found = {
+        "ran": opened.evaluate("document.documentElement.hasAttribute('data-ran')"),
         "loaded": proxy.take(),
-        "plots": int(plots[1]) if plots else None,
-        "is_shown": MARK in document or RUNS[:20] in document,
+        "pictures": proxy.page.count(b'src="data:image/png;base64,'),
+        "shown": opened.evaluate(SHOWN),
+        "has_text": MARK in document or RUNS[:20] in document,
     }
+    opened.close()
+    return found
 
 
-def measure(browser: str, folder: Path) -> dict[str, dict[str, Any]]:
+def make_variant(page: Path, name: str, policy: str | None) -> Path:
+    """A copy of a page with another policy in the place of its own, or without one."""
+    text, num_policies = CSP.subn(policy or "", page.read_text(encoding="utf-8"))
+    if num_policies != 1:
+        raise BenchmarkError(f"{page} has {num_policies} policies")
+    variant = page.with_name(f"{name}.html")
+    variant.write_text(text, encoding="utf-8")
+    return variant
+
+
+def measure(browser_path: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Open the reports as they were delivered, their variants, and the texts unescaped."""
     from cvm_translator.observe.report import write_report
     from cvm_translator.observe.status_report import write_status_report
 
@@ -166,50 +185,65 @@ def measure(browser: str, folder: Path) -> dict[str, dict[str, Any]]:
     write_hostile_run(root, payloads)
     write_status_report(root)
     write_report(root)
-    pages = {
-        "status report": root / "monitor/status_report.html",
-        "comparison": root / "reports/comparison_report.html",
-    }
-    proxy, results = CountingProxy(), {}
-    for name, page in pages.items():
-        results[name] = open_page(browser, page, proxy)
-        text, num_policies = CSP.subn("", page.read_text(encoding="utf-8"))
-        assert num_policies == 1, name
-        bare = page.with_name("bare.html")
-        bare.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
-        results[f"{name}, without its policy"] = open_page(browser, bare, proxy)
     naked = folder / "naked.html"
     body = "".join(f"<p>{text}</p>" for text in payloads)
     naked.write_text(f"<!doctype html><html><body>{body}</body></html>", encoding="utf-8", errors="surrogatepass")
-    results["the same texts unescaped (control)"] = open_page(browser, naked, proxy)
-    proxy.close()
-    return results
+    pages = {}
+    for name, page in {
+        "status report": root / "monitor/status_report.html",
+        "comparison": root / "reports/comparison_report.html",
+    }.items():
+        pages[name] = page
+        pages[f"{name}{BARE}"] = make_variant(page, "bare", None)
+        pages[f"{name}{BLIND}"] = make_variant(page, "blind", NO_PICTURES)
+    pages[NAKED] = naked
+    proxy = CountingProxy()
+    try:
+        with Browser(browser_path, f"--proxy-server={proxy.address}") as browser:
+            return {name: open_page(browser, page, proxy) for name, page in pages.items()}
+    finally:
+        proxy.close()
 
 
-def format_results(data: dict[str, Any]) -> str:
+def find_failures(pages: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What each check found wrong; a check that holds has an empty list."""
+    reports = {name: found for name, found in pages.items() if name != NAKED}
+    delivered = {name: found for name, found in reports.items() if not name.endswith((BARE, BLIND))}
+    blind = {name: found for name, found in reports.items() if name.endswith(BLIND)}
+    naked = pages[NAKED]
+    return {
+        QUIET: [
+            f"{name}: ran {found['ran']}, loaded {found['loaded']}, has text {found['has_text']}"
+            for name, found in reports.items()
+            if found["ran"] or found["loaded"] or not found["has_text"]
+        ],
+        PLOTS: [
+            f"{name}: {found['shown']} of {found['pictures']}"
+            for name, found in delivered.items()
+            if not 0 < found["pictures"] == found["shown"]
+        ],
+        JUDGED: [
+            *(f"{name}: {found['shown']} shown" for name, found in blind.items() if found["shown"]),
+            *([] if naked["ran"] and naked["loaded"] else [f"{NAKED}: {naked['ran']}, {naked['loaded']}"]),
+        ],
+    }
+
+
+def format_results(data: Mapping[str, Any]) -> str:
+    """The checks and the table as Markdown."""
+    lines = [
+        "# Reports full of hostile text in a browser",
+        "",
+        *evidence.describe_checks(data["failures"]),
+        "",
+        f"{data['num_payloads']} payloads in every place for text; {html.escape(data['browser'])}.",
+        "",
+    ]
     rows = [
-        f"| {name} | {'yes' if found['ran'] else 'no'} | {len(found['loaded'])} |"
-        f" {'' if found['plots'] is None else found['plots']} |"
+        [name, "yes" if found["ran"] else "no", len(found["loaded"]), f"{found['shown']} of {found['pictures']}"]
         for name, found in data["pages"].items()
     ]
-    return "\n".join(
-        [
-            "# Reports full of hostile text in a browser",
-            "",
-            f"{data['num_payloads']} payloads in every place for text; {html.escape(data['browser'])}.",
-            "",
-            "| page | a script ran | requests | plots shown |",
-            "| --- | --- | --- | --- |",
-            *rows,
-        ]
-    )
-
-
-def is_harmless(pages: dict[str, dict[str, Any]]) -> bool:
-    *reports, control = pages.values()
-    is_quiet = all(not found["ran"] and not found["loaded"] and found["is_shown"] for found in reports)
-    has_plots = all(found["plots"] is None or found["plots"] > 0 for found in reports)
-    return is_quiet and has_plots and control["ran"] and bool(control["loaded"])
+    return "\n".join([*lines, evidence.markdown_table(["page", "a script ran", "requests", "plots shown"], rows)])
 
 
 def main() -> int:
@@ -222,11 +256,9 @@ def main() -> int:
     version = subprocess.run([options.browser, "--version"], capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         pages = measure(options.browser, Path(folder))
-    data = {"browser": version.strip(), "num_payloads": len(PAYLOADS), "pages": pages}
-    text = format_results(data)
-    evidence.write_results(options.results, NAME, data, text)
-    print(text)
-    return 0 if is_harmless(pages) else 1
+    failures = find_failures(pages)
+    data = {"browser": version.strip(), "num_payloads": len(PAYLOADS), "pages": pages, "failures": failures}
+    return evidence.conclude(options.results, NAME, data, format_results(data))
 
 
 if __name__ == "__main__":

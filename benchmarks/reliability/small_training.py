@@ -58,10 +58,16 @@ class Content:
         self.judged = list(state["judged"])
 
 
-def build_loop(
-    directory: Path, num_iterations: int, *, keep: int = 3, store: CheckpointStore | None = None, dim: int = 8
-) -> TrainingLoop:
-    """A loop whose checkpoints are in `directory/checkpoints`: every 2 steps, and a best one every 4."""
+def build_setup(
+    directory: Path,
+    num_iterations: int,
+    *,
+    keep: int = 3,
+    store: CheckpointStore | None = None,
+    dim: int = 8,
+    save_every: int = SAVE_EVERY_STEPS,
+) -> LoopSetup:
+    """The parts of a loop whose checkpoints are in `directory/checkpoints`: a best one at every second of them."""
     torch.set_num_threads(1)
     generator = np.random.default_rng(3)
     sources = [generator.integers(4, VOCAB, generator.integers(1, 13)).tolist() for _ in range(64)]
@@ -77,27 +83,30 @@ def build_loop(
         learning_rate=5e-3,
         precision="float32",
         ema_decay=0.8,
-        checkpoint_every_steps=SAVE_EVERY_STEPS,
+        checkpoint_every_steps=save_every,
     )
     seed_everything(7)
-    return TrainingLoop(
-        LoopSetup(
-            stage="distil",
-            settings=settings,
-            guard=GuardConfig(),
-            model=student,
-            objective=DistillationObjective(student, DistillationLoss(2.0, 0.7, 0.3), teacher),
-            dataset=dataset,
-            batches=BatchSchedule(dataset.lengths, settings.batch_size, seed=5),
-            store=store or CheckpointStore(directory / "checkpoints", keep, report=lambda line: None),
-            events=EventWriter(directory / "events.jsonl"),
-            judge=Content(),
-            stop=StopRequest(),
-            device=torch.device("cpu"),
-            validate_every_steps=2 * SAVE_EVERY_STEPS,
-            num_threads=1,
-        )
+    return LoopSetup(
+        stage="distil",
+        settings=settings,
+        guard=GuardConfig(),
+        model=student,
+        objective=DistillationObjective(student, DistillationLoss(2.0, 0.7, 0.3), teacher),
+        dataset=dataset,
+        batches=BatchSchedule(dataset.lengths, settings.batch_size, seed=5),
+        store=store or CheckpointStore(directory / "checkpoints", keep, report=lambda line: None),
+        events=EventWriter(directory / "events.jsonl"),
+        judge=Content(),
+        stop=StopRequest(),
+        device=torch.device("cpu"),
+        validate_every_steps=2 * save_every,
+        num_threads=1,
     )
+
+
+def build_loop(directory: Path, num_iterations: int, **options: Any) -> TrainingLoop:
+    """A loop of `build_setup`: by default a checkpoint every 2 steps, and a best one every 4."""
+    return TrainingLoop(build_setup(directory, num_iterations, **options))
 
 
 def train(directory: Path, num_iterations: int, *, keep: int = 3) -> TrainingLoop:

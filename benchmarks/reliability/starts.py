@@ -34,6 +34,7 @@ import yaml
 
 from benchmarks import common, evidence
 from benchmarks.common import BenchmarkError
+from benchmarks.reliability.tiny_run import spell
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.runs.lock import read_holder
 
@@ -63,15 +64,12 @@ CONFIG: dict[str, Any] = {
     "student": {"model": MODEL},
     "validation": {"metrics": ["bleu", "chrf"], "weights": {"bleu": 1.0, "chrf": 1.0}},
 }
-_DIGITS = {"de": ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"],
-           "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]}  # fmt: skip
 
 
 def write_config(work: Path) -> Path:
     """A config of a tiny run, and its text: digits in words."""
     work.mkdir(parents=True)
-    lines = ["\t".join(" ".join(_DIGITS[language][int(digit)] for digit in str(number)) for language in ("de", "en"))
-             for number in range(1000, 2000)]  # fmt: skip
+    lines = [f"{spell(number, 'de')}\t{spell(number, 'en')}" for number in range(1000, 2000)]
     (work / "numbers.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     path = work / "tiny.yaml"
     path.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")

@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -310,6 +311,8 @@ def load_verified(path: Path, manifest: Manifest) -> LoadedCheckpoint:
                 torch_states[file.stem] = torch.load(file, map_location="cpu", weights_only=True)
             else:
                 plain = json.loads(file.read_bytes())
+        except pickle.UnpicklingError as error:  # torch's own words advise to unpickle it
+            raise CheckpointError(f"checkpoint {path} is whole, but {name} holds more than tensors and data") from error
         except Exception as error:
             raise CheckpointError(f"checkpoint {path} is whole, but {name} cannot be loaded: {error}") from error
     return LoadedCheckpoint(

@@ -15,7 +15,7 @@ import numpy as np
 
 from cvm_translator.errors import MissingDependencyError
 from cvm_translator.metrics import Metric, MetricOptions, build_metrics
-from cvm_translator.metrics.base import FloatArray
+from cvm_translator.metrics.base import FloatArray, check_finite
 from cvm_translator.metrics.probes import PROBES, BoolArray, can_identify
 from cvm_translator.validation.config import ValidationConfig
 
@@ -91,7 +91,7 @@ class TranslationQualityEvaluator:
         failures: dict[str, str] = {}
         for metric in self.metrics:
             try:
-                rows = metric.statistics(hypotheses, references, sources)
+                rows = check_finite(metric.name, metric.statistics(hypotheses, references, sources))
                 score = float(metric.score(rows.sum(axis=0)))
                 if not np.isfinite(score):
                     raise ValueError(f"{metric.name} is {score}")

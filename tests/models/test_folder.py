@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -12,32 +11,26 @@ import pytest
 import safetensors.torch
 import torch
 
+from benchmarks.reliability.hostile_files import (
+    HOSTILE_CONFIGS,
+    HOSTILE_WEIGHTS,
+    MARK,
+    edit_header,
+    edit_plan,
+    rewrite_config,
+)
 from cvm_translator.errors import ModelError
 from cvm_translator.models import folder as folder_module
 from cvm_translator.models.decoding import pad_sources, translate_ids
 from cvm_translator.models.description import FORMAT
 from cvm_translator.models.folder import load_model, save_model
 from cvm_translator.quantization import AdvancedQuantizer, count_bytes, find_plan
-from cvm_translator.runs.atomic import sha256_file, sha256_json
 
 
 @pytest.fixture
 def saved(tmp_path, make_model, tokenizer) -> Path:
     model = make_model(tokenizer.vocab_size)
     return save_model(tmp_path / "model", model, tokenizer, source_language="de", target_language="en")
-
-
-def rewrite_config(folder: Path, **changes: object) -> None:
-    """Change config.json as someone would who knows the format: hashes and checksum are made to fit."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for name in config["files"]:
-        file = folder / name
-        config["files"][name] = {"num_bytes": file.stat().st_size, "sha256": sha256_file(file)}
-    config.update(changes)
-    config.pop("checksum")
-    config["checksum"] = sha256_json(config)
-    path.write_text(json.dumps(config))
 
 
 def test_round_trip(tmp_path, make_model, tokenizer, form, deploy):
@@ -188,34 +181,14 @@ def _is_same_json(one: bytes, other: bytes) -> bool:
         return False
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("pwned",)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pickle.dumps(Evil()),
-        b"",
-        b"\xff" * 7,
-        b"\xff" * 64,
-        (1 << 40).to_bytes(8, "little") + b"{}",
-        (2).to_bytes(8, "little") + b"{}",
-        (2).to_bytes(8, "little") + b"[]",
-        (9).to_bytes(8, "little") + b'{"a": 12}',
-        (5).to_bytes(8, "little") + b"\xff\xff\xff\xff\xff",
-        (100_000).to_bytes(8, "little") + b"[" * 100_000,
-    ],
-    ids=["pickle", "empty", "short", "noise", "huge header", "no tensors", "list", "number", "not utf-8", "deep"],
-)
+@pytest.mark.parametrize("content", HOSTILE_WEIGHTS.values(), ids=HOSTILE_WEIGHTS)
 def test_hostile_weights(saved, content, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (saved / "model.safetensors").write_bytes(content)
     rewrite_config(saved)
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         load_model(saved)
-    assert not (tmp_path / "pwned").exists()
+    assert not (tmp_path / MARK).exists()
 
 
 def test_weights_of_another_shape_type_or_name(saved):
@@ -235,50 +208,11 @@ def test_weights_of_another_shape_type_or_name(saved):
             load_model(saved)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"version": 2},
-        {"number_format": "int3"},
-        {"number_format": "int8"},
-        {"vocab_size": 7},
-        {"vocab_size": "many"},
-        {"vocab_size": 10**15},
-        {"model": None},
-        {"model": {"dim": 33}},
-        {"model": {"dim": 32, "num_heads": 4, "encoder_layers": 10**9}},
-        {"model": {"dim": 32, "num_heads": 4, "max_length": 10**12}},
-        {"files": {}},
-        {"files": []},
-        {"files": {"model.safetensors": 3}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", HOSTILE_CONFIGS.values(), ids=HOSTILE_CONFIGS)
 def test_configurations_that_do_not_fit(saved, changes):
     rewrite_config(saved, **changes)
     with pytest.raises(ModelError):
         load_model(saved)
-
-
-def edit_plan(plan):
-    first = "encoder_layers.0.attention.qkv"
-    return {
-        "no plan": {},
-        "a list": {"plan": [1]},
-        "a number": 3,
-        "empty": {"plan": {}},
-        "missing": {"plan": {name: entry for name, entry in plan.items() if name != first}},
-        "unknown": {"plan": plan | {"encoder_layers.9.attention.qkv": plan[first]}},
-        "evil": {"plan": plan | {"../" * 500: plan[first]}},
-        "float layer": {"plan": plan | {first: {"kind": "float32"}}},
-        "other kind": {"plan": {name: {"kind": "int8"} for name in plan}},
-        "other group": {"plan": plan | {first: {"kind": "int4", "group_size": 2}}},
-        "huge group": {"plan": {name: {"kind": "int4", "group_size": 2 * 10**30} for name in plan}},
-        "odd group": {"plan": plan | {first: {"kind": "int4", "group_size": 31}}},
-        "other grid": {"plan": plan | {first: {"kind": "int4", "group_size": 16, "symmetric": False}}},
-        "extra": {"plan": plan | {first: {"kind": "int4", "group_size": 16, "code": "x"}}},
-        "static": {"plan": {name: {"kind": "int8_static"} for name in plan}},
-    }
 
 
 @pytest.mark.parametrize("case", list(edit_plan({"encoder_layers.0.attention.qkv": {}})))
@@ -310,3 +244,13 @@ def test_tokenizer_of_another_size_or_none(saved, tokenizer, tmp_path, make_mode
 def test_a_copied_folder_loads(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "copy")
     load_model(tmp_path / "copy")
+
+
+def test_headers_that_do_not_fit_the_data(saved):
+    good = (saved / "model.safetensors").read_bytes()
+    for case, content in edit_header(good).items():
+        (saved / "model.safetensors").write_bytes(content)
+        rewrite_config(saved)
+        with pytest.raises(ModelError, match=r"model\.safetensors"):
+            load_model(saved)
+            pytest.fail(f"{case} was loaded")
