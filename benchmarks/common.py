@@ -145,8 +145,7 @@ def _launch(arm: Arm, donor: Arm | None, num_threads: int) -> subprocess.Popen[b
 
 def _check_exit(arm: Arm, code: int) -> None:
     if code not in (EXIT_OK, EXIT_GATE_FAILED):
-        lines = (arm.layout.logs / "benchmark.log").read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        last = find_last_line((arm.layout.logs / "benchmark.log").read_text(encoding="utf-8", errors="replace"))
         raise BenchmarkError(f"arm {arm.name} ended with exit code {code}: {last.removeprefix('error: ')}")
 
 
@@ -162,6 +161,22 @@ def share_folders(source: Path, target: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the programs
+
+
+def find_last_line(text: str) -> str:
+    """The last line that says something."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+
+
+def find_student(run: Path) -> RunLayout:
+    """The layout of a run with a float and an int8 student; BenchmarkError names what it lacks."""
+    layout = RunLayout(run)
+    for name in ("float", "int8"):
+        if not (layout.student / name / "config.json").is_file():
+            raise BenchmarkError(
+                f"--run {run} has no student/{name}: name a finished run whose student has 8 bits (quantization.bits)"
+            )
+    return layout
 
 
 def build_plain_parser(description: str) -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import common, decoding, evidence, loss, scaling, step_profile, teacher_cache, training, validation
+from benchmarks import common, evidence, loss, scaling, step_profile, teacher_cache, training, validation
 from benchmarks.common import BenchmarkError
 from benchmarks.machine import describe_machine, read_machine
 from benchmarks.training_peers import Collate, check_joeynmt, run_joeynmt
@@ -300,15 +300,3 @@ def test_what_a_run_spent_is_read_from_its_events() -> None:
 )
 def test_operations_of_a_step_are_grouped_by_what_they_do(operation: str, group: str) -> None:
     assert step_profile.find_group(operation) == group
-
-
-def test_the_claims_about_decoding_can_fail() -> None:
-    rates = {system.name: {"1": {"median": 100.0}} for system in decoding.SYSTEMS}
-    scores = {system.name: {"difference": -0.15} for system in decoding.SYSTEMS} | {
-        "map against int8": {"difference": 0}
-    }
-    data = {"rates": rates, "scores": scores, "batch_sizes": [1]}
-    found = decoding.find_failures(data)
-    assert [len(said) for said in found.values()] == [1, 1, 1, 1, 1, 0, 1]
-    rates[decoding.MAPPED]["1"]["median"] = 2000.0
-    assert sum(map(len, decoding.find_failures(data).values())) == 4
