@@ -14,6 +14,7 @@ from cvm_translator.runs.control import ACTIONS
 Options = argparse.Namespace
 
 DEFAULT_RUN_DIR = Path("distillation_output")
+MAX_DROP = "write nothing if more BLEU than this is lost against the float model"
 
 
 def _positive(text: str) -> int:
@@ -126,8 +127,14 @@ def build_parser() -> argparse.ArgumentParser:
     translate.add_argument("--beam-size", type=_positive, default=1, metavar="N")
     translate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="sentences decoded together")
     quantize = add("quantize", models.quantize, "store a float model with fewer bits")
-    quantize.add_argument("--method", choices=["dynamic", "static", "weight_only", "mixed"], default="dynamic")
-    quantize.add_argument("--bits", type=int, choices=[4, 8, 16], help="of the weights (default 8)")
+    quantize.add_argument(
+        "--method",
+        choices=["dynamic", "static", "weight_only", "mixed", "qat", "progressive"],
+        default="dynamic",
+        metavar="METHOD",
+        help="dynamic (default), static, weight_only or mixed; qat and progressive belong to the training of a run",
+    )
+    quantize.add_argument("--bits", type=int, choices=[4, 8, 16], help="of the weights (default 8; not for mixed)")
     quantize.add_argument(
         "--group-size", type=_group_size, metavar="N|row", help="weights that share a scale at 4 bits (default 64)"
     )
@@ -150,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--pairs", type=Path, metavar="TSV", help="pairs to be judged on (default: the run's validation set)"
     )
-    quantize.add_argument("--max-drop", type=_bleu, metavar="BLEU", help="write nothing if more BLEU is lost")
+    quantize.add_argument("--max-drop", type=_bleu, metavar="BLEU", help=f"{MAX_DROP} (default: any)")
     _add_export_options(export := add("export", models.export, "write a model in another format, tried in its runtime"))
     for command in (translate, quantize, export):
         command.add_argument(
@@ -213,8 +220,15 @@ def _add_export_options(command: argparse.ArgumentParser) -> None:
         help="what the export is tried on: a sentence a line, with tab and reference where known "
         "(default: the run's validation set, or built-in sentences)",
     )
-    command.add_argument("--num-sentences", type=_positive, default=200, metavar="N", help="at most so many of them")
-    command.add_argument("--max-drop", type=_bleu, default=0.5, metavar="BLEU", help="refuse an export that loses more")
+    command.add_argument(
+        "--num-sentences",
+        type=_positive,
+        metavar="N",
+        help="at most so many of them (default: all that have references, else 200)",
+    )
+    command.add_argument(
+        "--max-drop", type=_bleu, metavar="BLEU", help=f"{MAX_DROP} (default: 0.5; any for safetensors, a copy)"
+    )
     command.add_argument(
         "--full-attention", action="store_true", help="export a model with core_capacity without that bound"
     )

@@ -33,10 +33,6 @@ class FolderComparison:
     differences: dict[str, PairedComparison]
     """Reduced minus original, by metric."""
 
-    @property
-    def bleu_loss(self) -> float:
-        return -self.differences["bleu"].difference
-
 
 def compare_folders(original: Path, reduced: Path, pairs: Sequence[Pair], target_language: str) -> FolderComparison:
     """Translate the sources with both model folders, one process each, and compare with the references."""
@@ -70,16 +66,16 @@ def compare_texts(
 def format_comparison(comparison: FolderComparison) -> str:
     """The comparison as a few lines for the terminal."""
     original, reduced = comparison.original, comparison.reduced
-    lines = [f"{'':<18}{original['number_format']:>12}{reduced['number_format']:>12}   change"]
+    lines = [f"{'':<18}{original['number_format']:>14}{reduced['number_format']:>14}   change"]
     for name, item in comparison.differences.items():
         low, high = item.interval
         lines.append(
-            f"{_TITLES[name]:<18}{item.score_a:>12.2f}{item.score_b:>12.2f}"
+            f"{_TITLES[name]:<18}{item.score_a:>14.2f}{item.score_b:>14.2f}"
             f"   {item.difference:+.2f} ({low:+.2f} to {high:+.2f}), p = {item.p_value:.3f}"
         )
     for title, key, scale, form in _FIGURES:
         first, second = original[key] / scale, reduced[key] / scale
-        lines.append(f"{title:<18}{first:>12{form}}{second:>12{form}}   {second / first:.2f} times")
+        lines.append(f"{title:<18}{first:>14{form}}{second:>14{form}}   {second / first:.2f} times")
     lines.append(f"on {comparison.num_sentences:,} sentences, each model in a process of its own; 95 % intervals")
     return "\n".join(lines)
 
@@ -92,11 +88,11 @@ _FIGURES = (
 )
 
 
-def refuse_loss(comparison: FolderComparison, max_drop: float) -> None:
-    """Raise ModelError when BLEU falls by more than `max_drop` points."""
-    if comparison.bleu_loss > max_drop:
-        low, high = comparison.differences["bleu"].interval
+def refuse_loss(bleu: PairedComparison, max_drop: float, remedy: str) -> None:
+    """Raise ModelError when BLEU falls by more than `max_drop` points: the difference itself, whatever its interval."""
+    if -bleu.difference > max_drop:
+        low, high = bleu.interval
         raise ModelError(
-            f"BLEU falls by {comparison.bleu_loss:.2f} (95 % interval {-high:.2f} to {-low:.2f}), more than --max-drop"
-            f" {max_drop:g}: nothing was written; allow more, or choose another method"
+            f"BLEU falls by {-bleu.difference:.2f} from {bleu.score_a:.2f} (95 % interval {-high:.2f} to {-low:.2f}),"
+            f" more than --max-drop {max_drop:g}: nothing was written; {remedy}"
         )

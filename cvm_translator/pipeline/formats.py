@@ -22,9 +22,12 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.quantization import (
     AdvancedQuantizer,
     MemoryOptimizedQuantizer,
+    Plan,
     QuantizationType,
     check_plan,
     convert_with_plan,
+    describe_plan,
+    parse_plan,
 )
 from cvm_translator.runs import atomic
 from cvm_translator.training.judges import Deploy
@@ -84,15 +87,16 @@ def check_settings(settings: QuantizationConfig, model: CvmTransformer) -> None:
     if settings.plan is not None:
         plan = load_plan(settings.plan)
         try:
-            check_plan(model, plan["plan"])
+            check_plan(model, plan)
         except ValueError as error:
             raise ConfigError(f"{settings.plan}: {error}") from error
 
 
 def choose_plan(settings: QuantizationConfig, model: CvmTransformer, calibration: Calibration) -> dict[str, Any]:
-    """Method mixed: the plan that is named, or the one that meets the target with the least loss."""
+    """Method mixed: the plan that is named, or the one that meets the target with the least loss, and what it costs."""
     if settings.plan is not None:
-        return load_plan(settings.plan)
+        plan = describe_plan(model, load_plan(settings.plan))
+        return plan | {"message": f"plan of {settings.plan}: {plan['message']}"}
     quantizer = MemoryOptimizedQuantizer(settings.target_compression_ratio, target_megabytes=settings.target_megabytes)
     return quantizer.plan(model, calibration.compute_logits)
 
@@ -133,15 +137,18 @@ class Calibration:
             yield self._dataset.batch(self._chosen[start : start + CALIBRATION_BATCH]).to(device)
 
 
-def load_plan(path: Path) -> dict[str, Any]:
-    """A plan written by `save_plan`, perhaps edited since."""
+def load_plan(path: Path) -> Plan:
+    """The plan in a file written by `save_plan`, perhaps edited since; the rest of the file may no longer hold."""
     try:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as a quantisation plan ({error})") from error
     if not isinstance(plan, dict) or not isinstance(plan.get("plan"), dict):
         raise ConfigError(f"{path}: is no quantisation plan, which maps each layer to its format under `plan`")
-    return plan
+    try:
+        return parse_plan(plan["plan"])
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def save_plan(path: Path, plan: dict[str, Any]) -> None:

@@ -25,6 +25,15 @@ def find_float_folder(path: Path) -> Path:
     return path / "float" if is_student else path
 
 
+def find_float_beside(model: Path) -> Path | None:
+    """The float student of the run in whose `student` folder a model lies, if it is there."""
+    run = find_run(model)
+    if run is None or model.absolute().parent != run.student.absolute():
+        return None
+    folder = run.student / "float"
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
 def refuse_existing(output: Path) -> None:
     """Raise ModelError where there is something already: nothing is ever overwritten."""
     if os.path.lexists(output):

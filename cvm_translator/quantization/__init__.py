@@ -11,7 +11,7 @@ from cvm_translator.quantization.convert import (
 from cvm_translator.quantization.formats import LayerFormat, Plan, name_plan, parse_plan, plan_to_plain
 from cvm_translator.quantization.four_bit import FourBitLinear
 from cvm_translator.quantization.linear import QuantizableLinear, TiedEmbedding
-from cvm_translator.quantization.memory import MemoryOptimizedQuantizer
+from cvm_translator.quantization.memory import MemoryOptimizedQuantizer, describe_plan
 from cvm_translator.quantization.quantizer import ALLOWED_BITS, AdvancedQuantizer, QuantizationType, check_method
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_plan",
     "convert_with_plan",
     "count_bytes",
+    "describe_plan",
     "find_fake_plan",
     "find_plan",
     "name_plan",

@@ -120,6 +120,22 @@ class MemoryOptimizedQuantizer:
         return convert_with_plan(model, plan["plan"])
 
 
+def describe_plan(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """A plan that was given and the size it makes, named as `MemoryOptimizedQuantizer.plan` names them.
+
+    Raises ValueError where it is the plan of another model.
+    """
+    empty = copy.deepcopy(model).to("meta")
+    float_bytes, num_bytes = count_bytes(empty), count_bytes(convert_with_plan(empty, plan))
+    return {
+        "message": _describe_size(float_bytes, num_bytes),
+        "float_bytes": float_bytes,
+        "num_bytes": num_bytes,
+        "compression_ratio": float_bytes / num_bytes,
+        "plan": plan_to_plain(plan),
+    }
+
+
 def choose_formats(
     measured: Mapping[str, Sequence[LayerOption]], target_bytes: int, count_plan_bytes: Callable[[Plan], int]
 ) -> dict[str, LayerOption]:
@@ -220,9 +236,9 @@ def _formats(chosen: Mapping[str, LayerOption]) -> Plan:
     return {name: option.layer_format for name, option in chosen.items()}
 
 
-def _describe_size(float_bytes: int, num_bytes: int, target_bytes: int) -> str:
+def _describe_size(float_bytes: int, num_bytes: int, target_bytes: int | None = None) -> str:
     size = f"{float_bytes / num_bytes:.2f} times smaller, {num_bytes:,} bytes"
-    if num_bytes <= target_bytes:
+    if target_bytes is None or num_bytes <= target_bytes:
         return size
     return f"{size}: the target of {target_bytes:,} bytes is out of reach, this is the smallest"
 

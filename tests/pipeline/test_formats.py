@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,28 @@ import torch
 
 from cvm_translator.config.schema import METHOD_BITS, ModelConfig, QuantizationConfig
 from cvm_translator.corpus.dataset import DistillationDataset
+from cvm_translator.errors import ConfigError
 from cvm_translator.models.initialization import init_random
 from cvm_translator.models.transformer import CvmTransformer
-from cvm_translator.pipeline.formats import Calibration, build_deploy, build_prepare, name_format
-from cvm_translator.quantization import find_fake_plan, find_plan, name_plan
+from cvm_translator.pipeline.formats import (
+    Calibration,
+    build_deploy,
+    build_prepare,
+    choose_plan,
+    load_plan,
+    name_format,
+    save_plan,
+)
+from cvm_translator.quantization import (
+    LayerFormat,
+    convert_with_plan,
+    count_bytes,
+    find_fake_plan,
+    find_plan,
+    name_plan,
+    plan_to_plain,
+)
+from cvm_translator.quantization.convert import find_layers
 from cvm_translator.training.widths import UNROUNDED_BITS
 
 SIZES = {"dim": 16, "num_heads": 2, "feed_forward_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
@@ -71,3 +90,34 @@ def test_calibration_chooses_the_same_sentences_each_time(model: CvmTransformer)
     assert torch.equal(logits, first.compute_logits(model))
     assert torch.equal(logits, build_calibration(many, num_sentences=20).compute_logits(model))
     assert not torch.equal(logits, build_calibration(many, num_sentences=20, seed=4).compute_logits(model))
+
+
+def test_of_a_plan_s_file_only_the_plan_is_used(model: CvmTransformer, tmp_path: Path) -> None:
+    """The sizes, losses and words of another model are not told of this one."""
+    plan = dict.fromkeys(find_layers(model), LayerFormat("int8"))
+    stale = {"message": "9.99 times smaller", "num_bytes": 1, "target_met": False, "layers": {}, "loss": 0.5}
+    path = tmp_path / "plan.yaml"
+    save_plan(path, stale | {"plan": plan_to_plain(plan)})
+    chosen = choose_plan(QuantizationConfig(method="mixed", plan=path), model, build_calibration())
+    num_bytes, float_bytes = count_bytes(convert_with_plan(model, plan)), count_bytes(model)
+    assert chosen == {
+        "message": f"plan of {path}: {float_bytes / num_bytes:.2f} times smaller, {num_bytes:,} bytes",
+        "float_bytes": float_bytes,
+        "num_bytes": num_bytes,
+        "compression_ratio": float_bytes / num_bytes,
+        "plan": plan_to_plain(plan),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read as a quantisation plan"),
+        ("[]", "is no quantisation plan"),
+        ("plan: {a: {kind: int5}}", "layer 'a': kind 'int5' is no number format"),
+    ],
+)
+def test_what_is_no_plan_is_named(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"plan\.yaml: .*{words}"):
+        load_plan(tmp_path / "plan.yaml")

@@ -17,7 +17,9 @@ from cvm_translator.quantization import (
     check_plan,
     convert_with_plan,
     count_bytes,
+    describe_plan,
     find_plan,
+    parse_plan,
 )
 from cvm_translator.quantization.memory import OPTIONS, LayerOption, choose_options, compute_divergence, measure_layers
 
@@ -37,6 +39,20 @@ def test_the_plan_meets_its_target_and_is_used_again(net, calibrate, ids, ratio)
     assert loss == pytest.approx(result["loss_nats_per_token"], rel=1e-3, abs=1e-9)
     edited = result["plan"] | {"layers.0": {"kind": "float32"}}
     assert find_plan(convert_with_plan(net, edited))["layers.0"] == LayerFormat()
+
+
+def test_a_given_plan_is_described_by_its_own_size(net, calibrate):
+    planned = MemoryOptimizedQuantizer(4.5).plan(net, calibrate)
+    described = describe_plan(net, parse_plan(planned["plan"]))
+    assert described == {name: planned[name] for name in described}
+    edited = parse_plan(planned["plan"]) | {"layers.0": LayerFormat()}
+    described = describe_plan(net, edited)
+    assert described["num_bytes"] == count_bytes(convert_with_plan(net, edited)) > planned["num_bytes"]
+    ratio = described["float_bytes"] / described["num_bytes"]
+    assert described["message"] == f"{ratio:.2f} times smaller, {described['num_bytes']:,} bytes"
+    assert parse_plan(described["plan"]) == edited
+    with pytest.raises(ValueError, match="the plan lacks layer embedding"):
+        describe_plan(net, {"layers.0": LayerFormat(), "layers.2": LayerFormat()})
 
 
 def test_modes_of_the_model_change_nothing(net, calibrate):

@@ -8,6 +8,7 @@ goes wrong, nothing is left behind and nothing is overwritten.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -27,14 +28,16 @@ from cvm_translator.models.runtimes.base import EXPORT_FILE
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.pipeline.export.argos import SUFFIX, write_argos
 from cvm_translator.pipeline.export.readmes import build_readme
-from cvm_translator.pipeline.export.sentences import choose_sentences, load_map_pairs
+from cvm_translator.pipeline.export.sentences import Sentences, choose_sentences, load_map_pairs
 from cvm_translator.pipeline.export.verify import verify_export
 from cvm_translator.pipeline.export.vocabulary_map import add_vocabulary_map
-from cvm_translator.pipeline.places import find_float_folder, find_run, refuse_existing
+from cvm_translator.pipeline.places import find_float_beside, find_float_folder, find_run, refuse_existing
 from cvm_translator.quantization import AdvancedQuantizer, QuantizationType, TiedEmbedding
 from cvm_translator.runs.atomic import TEMPORARY_PREFIX, fsync_directory, new_folder, write_json
 
 Report = Callable[[str], None]
+
+MAX_DROP = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class ExportRequest:
     vocabulary_map: bool | None = None
     """None: where the export is int8 for CTranslate2 and a corpus is known."""
     sentences: Path | None = None
-    num_sentences: int = 200
-    max_drop: float = 0.5
-    """BLEU that an export may lose."""
+    num_sentences: int | None = None
+    """At most so many of them; None: all that have references, else 200."""
+    max_drop: float | None = None
+    """BLEU that an export may lose; None: MAX_DROP, and anything for a copy in our own format."""
     full_attention: bool = False
     """Whether a model with bounded attention may be exported without its bound, which other runtimes do not know."""
 
@@ -145,11 +149,7 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
     number_format = _choose_number_format(request, form, source, loaded)
     corpus = _find_corpus(request, number_format)
     sentences = choose_sentences(source, request.sentences, loaded.config["source_language"], request.num_sentences)
-    if dropped_capacity is not None and sentences.references is None:
-        raise ModelError(
-            "--full-attention changes what the model writes, so its quality must be compared: name sentences with their"
-            " references, --sentences FILE.tsv"
-        )
+    _check_references(request, sentences)
     job = Job(
         _convert(loaded.model, number_format),
         loaded.tokenizer,
@@ -163,12 +163,10 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
     )
     with _new_place(request) as folder, tempfile.TemporaryDirectory() as scratch:
         form.write(folder, job)
-        if form.runtime not in ("native", "argos"):
+        if request.format != "argos":
             write_json(folder / EXPORT_FILE, job.facts)
         if corpus is not None:
-            start = time.monotonic()
-            job.facts["vocabulary_map"] = add_vocabulary_map(folder, load_map_pairs(corpus), report)
-            report(f"map        {job.facts['vocabulary_map']['summary']} ({time.monotonic() - start:.0f} s)")
+            _add_map(folder, corpus, job, report)
         native = source
         if number_format != loaded.config["number_format"] or dropped_capacity is not None:
             native = Path(scratch) / "native"
@@ -178,15 +176,15 @@ def export_model(request: ExportRequest, report: Report = print) -> Path:
             folder,
             number_format,
             native,
-            source,
+            _find_baseline(source, loaded),
             sentences,
             loaded.config["target_language"],
-            request.max_drop,
+            _find_max_drop(request),
             is_unbounded=dropped_capacity is not None,
         )
         for line in verification.describe():
             report(line)
-        if form.runtime not in ("native", "argos"):
+        if request.format != "argos":
             write_json(folder / EXPORT_FILE, job.facts | {"verification": verification.to_plain()})
             (folder / "README.md").write_text(build_readme(request.format, job.facts), encoding="utf-8")
     return request.output
@@ -215,6 +213,30 @@ def _lift_bound(request: ExportRequest, source: Path, model: CvmTransformer) -> 
         )
     model.use_full_attention()
     return capacity
+
+
+def _check_references(request: ExportRequest, sentences: Sentences) -> None:
+    """Raise ModelError where quality is to be compared and no references are known."""
+    if sentences.references is not None:
+        return
+    remedy = "name sentences with their references, --sentences FILE.tsv"
+    if request.full_attention:
+        raise ModelError(f"--full-attention changes what the model writes, so its quality must be compared: {remedy}")
+    if request.max_drop is not None:
+        raise ModelError(f"--max-drop {request.max_drop:g} is judged by references, and there are none: {remedy}")
+
+
+def _find_baseline(source: Path, loaded: LoadedModel) -> Path:
+    """What an export is scored against: the float model that the source was made from, if it lies beside it."""
+    if loaded.config["number_format"] == "float32":
+        return source
+    return find_float_beside(source) or source
+
+
+def _find_max_drop(request: ExportRequest) -> float:
+    if request.max_drop is not None:
+        return request.max_drop
+    return math.inf if request.format == "safetensors" else MAX_DROP
 
 
 def _choose_number_format(request: ExportRequest, form: Format, source: Path, loaded: LoadedModel) -> str:
@@ -253,6 +275,13 @@ def _find_corpus(request: ExportRequest, number_format: str) -> Path | None:
         raise ModelError("--vocabulary-map is learnt from text: name it with --corpus RUN_DIR or FILE.tsv")
     wants_map = request.vocabulary_map or request.corpus is not None or number_format == "int8"
     return corpus if wants_map else None
+
+
+def _add_map(folder: Path, corpus: Path, job: Job, report: Report) -> None:
+    """Learn a vocabulary map into the folder; its figures become part of the job's facts."""
+    start = time.monotonic()
+    job.facts["vocabulary_map"] = add_vocabulary_map(folder, load_map_pairs(corpus), report)
+    report(f"map        {job.facts['vocabulary_map']['summary']} ({time.monotonic() - start:.0f} s)")
 
 
 def _convert(model: CvmTransformer, number_format: str) -> CvmTransformer:

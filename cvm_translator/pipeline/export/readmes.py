@@ -1,8 +1,10 @@
-"""The README.md in an exported folder: what it is, and a program that uses it and nothing of this one."""
+"""The README.md in an exported folder: what it is, and a program that uses it, in foreign formats without this one."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from cvm_translator.models.runtimes.base import EXPORT_FILE
 
 _HUGGINGFACE = """
 ```python
@@ -84,8 +86,23 @@ Needs Argos Translate 1.11 or later, or LibreTranslate; the sentence splitter in
 searches with four beams and writes blanks for underscores.
 """
 
-_USES = {"huggingface": _HUGGINGFACE, "ctranslate2": _CTRANSLATE2, "onnx": _ONNX, "argos": _ARGOS}
+_SAFETENSORS = """
+```sh
+printf '%s\\n' {lines} | cvm-translator translate --model .
+```
+
+Or, in Python: `load_runtime("native", ".").translate([...])` of `cvm_translator.models.runtimes`.
+"""
+
+_USES = {
+    "safetensors": _SAFETENSORS,
+    "huggingface": _HUGGINGFACE,
+    "ctranslate2": _CTRANSLATE2,
+    "onnx": _ONNX,
+    "argos": _ARGOS,
+}
 _NAMES = {
+    "safetensors": "CVM Translator",
     "huggingface": "Transformers (M2M100)",
     "ctranslate2": "CTranslate2",
     "onnx": "ONNX Runtime",
@@ -95,10 +112,12 @@ _EXAMPLES = {"de": ["Die Datei wurde nicht gefunden.", "Öffnen"], "en": ["The f
 
 
 def build_readme(format_name: str, facts: dict[str, Any]) -> str:
-    """README.md of an export in a foreign format."""
+    """README.md of an export; an .argosmodel is closed before it is verified, and says nothing of that."""
     source, target = facts["source_language"], facts["target_language"]
+    examples = _EXAMPLES.get(source, _EXAMPLES["en"])
     use = _USES[format_name].format(
-        examples=repr(_EXAMPLES.get(source, _EXAMPLES["en"])).replace("'", '"'),
+        examples=repr(examples).replace("'", '"'),
+        lines=" ".join(f"'{example}'" for example in examples),
         longest=facts["max_length"] - 1,
         use_vmap=", use_vmap=True" if facts.get("vocabulary_map") else "",
         source=source,
@@ -106,8 +125,9 @@ def build_readme(format_name: str, facts: dict[str, Any]) -> str:
     )
     capacity = facts.get("dropped_core_capacity")
     dropped = f" Its attention was bounded to {capacity} slots and is not here." if capacity else ""
+    found = "" if format_name == "argos" else f" What its verification found is in `{EXPORT_FILE}`."
     return (
         f"# Translation model {source} to {target} for {_NAMES[format_name]}\n\n"
         f"{facts['num_parameters']:,} parameters in {facts['number_format']}, exported by CVM Translator "
-        f"{facts['cvm_translator_version']}.{dropped} What its verification found is in `cvm_translator.json`.\n{use}"
+        f"{facts['cvm_translator_version']}.{dropped}{found}\n{use}"
     )

@@ -16,6 +16,9 @@ from cvm_translator.runs.layout import RunLayout
 
 T = TypeVar("T")
 
+NUM_UNREFERENCED = 200
+"""Sentences that show whether two runtimes agree."""
+
 _SUBJECTS = {
     "de": "Die Datei|Das Fenster|Der Benutzer|Die Nachricht|Das Programm|Der Ordner|Die Sprache|Der Server|Das Bild",
     "en": "The file|The window|The user|The message|The program|The folder|The language|The server|The image",
@@ -40,18 +43,22 @@ class Sentences:
     origin: str
 
 
-def choose_sentences(model: Path, file: Path | None, source_language: str, num_sentences: int) -> Sentences:
-    """Evenly spaced sentences of `file`, of the run's validation set, or the built-in ones."""
+def choose_sentences(model: Path, file: Path | None, source_language: str, num_sentences: int | None) -> Sentences:
+    """The sentences of `file`, of the run's validation set, or the built-in ones.
+
+    At most `num_sentences`, evenly spaced; by default all that have references, else NUM_UNREFERENCED.
+    """
     if file is not None:
         lines = _read_lines(file)
         rows = [line.split("\t") for line in lines]
         has_references = all(len(row) > 1 and row[1].strip() for row in rows)
-        chosen = spaced(rows, num_sentences)
+        chosen = spaced(rows, num_sentences or (len(rows) if has_references else NUM_UNREFERENCED))
         references = [row[1] for row in chosen] if has_references else None
         return Sentences([row[0] for row in chosen], references, str(file))
     layout = find_run(model)
     if layout is not None:
-        pairs = spaced(load_split(layout.corpus, "validation"), num_sentences)
+        validation = load_split(layout.corpus, "validation")
+        pairs = spaced(validation, num_sentences or len(validation))
         return Sentences(
             [pair.source for pair in pairs], [pair.target for pair in pairs], str(layout.corpus / "validation.tsv")
         )
@@ -61,7 +68,7 @@ def choose_sentences(model: Path, file: Path | None, source_language: str, num_s
         for subject in _SUBJECTS[language].split("|")
         for predicate in _PREDICATES[language].split("|")
     ]
-    return Sentences(spaced(built_in, num_sentences), None, "built-in sentences")
+    return Sentences(spaced(built_in, num_sentences or NUM_UNREFERENCED), None, "built-in sentences")
 
 
 def load_map_pairs(corpus: Path) -> Sequence[Pair]:

@@ -104,8 +104,16 @@ def test_an_export_says_what_it_is_and_what_was_found(exports: Any) -> None:
     assert facts["verification"]["agreement"] > 0.75
     lines = exports.reports["ctranslate2_int8"]
     assert [line.split()[0] for line in lines] == [
-        *("model", "map", "map", "verified", "BLEU", "weights", "speed", "memory")
+        *("model", "map", "map", "verified", "BLEU", "chrF", "weights", "speed", "memory")
     ]
+    number = r"[+-]?\d+\.\d\d"
+    for line in lines[4:6]:
+        scores = rf"{number} -> {number} \({number}, 95 % interval {number} to {number}\) against the float32 model"
+        assert re.fullmatch(rf"\w+ +{scores}", line)
+    assert re.fullmatch(r"memory +[\d,]+ -> [\d,]+ MiB at their peaks, libraries included", lines[-1])
+    for name in ("bleu", "chrf"):
+        change = facts["verification"][name]
+        assert change["low"] <= change["difference"] <= change["high"]
     # nothing but the export lies beside it
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
@@ -211,10 +219,12 @@ def test_an_argos_package_has_the_files_that_argos_translate_reads(exports: Any)
     with zipfile.ZipFile(folder / "translate-de_en-1_0.argosmodel") as archive:
         names = {name.removeprefix("translate-de_en-1_0/") for name in archive.namelist()}
         metadata = json.loads(archive.read("translate-de_en-1_0/metadata.json"))
+        readme = archive.read("translate-de_en-1_0/README.md").decode()
     assert names == {
         *("metadata.json", "README.md", "sentencepiece.model", "cvm_translator.json", "minisbd/rules.onnx"),
         *("model/model.bin", "model/config.json", "model/shared_vocabulary.json"),
     }
+    assert "verification" not in readme  # which comes after the package is closed
     assert metadata == {
         "package_version": "1.0",
         "argos_version": "1.11",
