@@ -105,9 +105,10 @@ def multiply_int8(left: Tensor, right: Tensor) -> Tensor:
     """left (N, K) int8 × right (M, K) int8, transposed -> (N, M): int32, or float32 of the same integers.
 
     Where there is no integer kernel the product is taken in float32, which is exact while sums stay below 2^24;
-    longer rows are cut so that each partial sum is exact.
+    longer rows are cut so that each partial sum is exact. So it is for K = 1, where torch._int_mm (2.13) reads past its
+    operands.
     """
-    if has_exact_int_mm(left.device.type):
+    if left.shape[1] > 1 and has_exact_int_mm(left.device.type):
         return torch._int_mm(left, right.t())
     longest = 1024  # 1024 × 127 × 127 < 2^24
     parts = [

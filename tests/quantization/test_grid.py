@@ -126,3 +126,13 @@ def test_float_fallback_equals_the_integer_kernel(monkeypatch):
     expected = linear_int8(values, integers, steps.flatten(), bias)
     monkeypatch.setattr("cvm_translator.quantization.grid.has_exact_int_mm", lambda device_type: False)
     assert torch.equal(linear_int8(values, integers, steps.flatten(), bias), expected)
+
+
+def test_integers_are_multiplied_exactly_at_every_inner_width() -> None:
+    """torch._int_mm gives other numbers for an inner width of one."""
+    generator = torch.Generator().manual_seed(3)
+    for width in (1, 2, 3, 64, 1500):
+        left, right = (
+            torch.randint(-127, 128, (rows, width), dtype=torch.int8, generator=generator) for rows in (17, 5)
+        )
+        assert torch.equal(multiply_int8(left, right).int(), left.int() @ right.int().T)
