@@ -154,7 +154,7 @@ class Program:
         return self._errors.read_text() if self._errors.exists() else ""
 
     def finish(self) -> Finished:
-        self._process.join(int(os.environ.get("P3_JOIN", 100)))
+        self._process.join(100)
         assert self._process.exitcode is not None, "still running"
         texts = [path.read_text() if path.exists() else "" for path in (self._output, self._errors)]
         return Finished(self._process.exitcode, *texts)
