@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .venv: $(STAMP)
 
-# The stamp is touched last: an installation that was cut short is done again.
+# The stamp is touched last: an installation that was cut short is done again. Python compiles what it imports.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 	  echo "error: $(PYTHON) is not a working Python 3.11: install Python 3.11 or name one with make PYTHON=/path/to/python3.11" >&2; \
@@ -23,8 +23,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3.11-venv)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --quiet --no-compile -r requirements.lock
+	$(BIN)/python -m pip install --quiet --quiet --no-compile --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 distill: $(STAMP)

@@ -131,7 +131,10 @@ class CvmTransformer(nn.Module):
         self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(config.dim)
         self.register_buffer("positions", torch.empty(0), persistent=False)
-        self.reset_positions()
+        if (
+            not self.embedding.weight.is_meta
+        ):  # torch imports its compiler, a second and a half, for sums without storage
+            self.reset_positions()
 
     def reset_positions(self, device: torch.device | str | None = None) -> None:
         """Compute the table of positions (again), for sequences of up to max_length tokens and the start mark."""

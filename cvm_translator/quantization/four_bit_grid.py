@@ -49,8 +49,13 @@ def round_step(steps: Tensor) -> Tensor:
 
 def quantize_four_bit(weight: Tensor, group_size: int | None, symmetric: bool) -> FourBit:
     """Round a float matrix (M, K) to the nearest values of its groups' grids."""
+    if weight.is_meta:  # shapes alone, see `quantize_int8`
+        num_rows, width = weight.shape
+        steps = weight.new_empty((num_rows, -(-width // find_group(width, group_size))), dtype=torch.float16)
+        zeros = None if symmetric else torch.empty_like(steps, dtype=torch.uint8)
+        return FourBit(torch.empty_like(weight, dtype=torch.uint8), steps, zeros)
     codes, steps, zeros = _round_groups(_cut(weight.float(), group_size), symmetric)
-    if not steps.is_meta and bool((steps > _LARGEST_STEP).any()):
+    if bool((steps > _LARGEST_STEP).any()):
         raise ValueError("a weight is too large for a 4-bit grid with float16 steps (457,000): use int8 or float32")
     codes = codes.add_(SYMMETRIC_ZERO if zeros is None else zeros).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
     return FourBit(codes, steps[..., 0].half(), None if zeros is None else zeros[..., 0].to(torch.uint8))
@@ -98,6 +103,8 @@ def fake_quantize_four_bit(weight: Tensor, group_size: int | None, symmetric: bo
 
 def pack_four_bit(codes: Tensor) -> Tensor:
     """Codes 0…15, (..., K) -> bytes (..., ⌈K / 2⌉)."""
+    if codes.is_meta:
+        return codes.new_empty((*codes.shape[:-1], -(-codes.shape[-1] // 2)), dtype=torch.uint8)
     codes = functional.pad(codes.to(torch.uint8), (0, codes.shape[-1] % 2), value=SYMMETRIC_ZERO)
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 

@@ -33,6 +33,9 @@ def compute_inverse_step(values: Tensor) -> Tensor:
 
 def quantize_int8(values: Tensor) -> tuple[Tensor, Tensor]:
     """Integers (..., K) int8 and steps (..., 1) float32 with values ≈ integers × steps."""
+    if values.is_meta:  # shapes alone: for arithmetic without storage torch imports its compiler, 1.5 seconds
+        steps = values.new_empty((*values.shape[:-1], 1), dtype=torch.float32)
+        return torch.empty_like(values, dtype=torch.int8), steps
     values = values.float()
     inverse_step = compute_inverse_step(values)
     return (values * inverse_step).round_().to(torch.int8), inverse_step.reciprocal()

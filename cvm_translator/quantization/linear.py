@@ -60,7 +60,8 @@ class TiedEmbedding(nn.Module):
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-        nn.init.normal_(self.weight, std=dim**-0.5)
+        if not self.weight.is_meta:  # nothing is drawn there, but torch imports its compiler for it
+            nn.init.normal_(self.weight, std=dim**-0.5)
 
     def matrix(self) -> Tensor:
         """(V, D), rounded to the grid when fake quantisation is on."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,20 @@ def test_round_trip(tmp_path, make_model, tokenizer, form, deploy):
     (loaded.model(src, mask, tgt)[0].sum()).backward() if form == "float32" else None
     assert translate_ids(loaded.model, [[5, 6, 7], [9]]) == translate_ids(model, [[5, 6, 7], [9]])
     assert (target / "model.safetensors").stat().st_size == count_bytes(model)
+
+
+LOAD = "import sys; from cvm_translator.models.folder import load_model; [load_model(path) for path in sys.argv[1:]]"
+
+
+def test_a_model_is_loaded_without_torch_s_compiler(tmp_path, make_model, tokenizer):
+    """Its import takes longer than all else that a short command does."""
+    model, folders = make_model(tokenizer.vocab_size), []
+    for quantizer in (AdvancedQuantizer("none"), AdvancedQuantizer("qat", 8), AdvancedQuantizer("qat", 4)):
+        folders.append(tmp_path / str(len(folders)))
+        save_model(folders[-1], quantizer.convert(model), tokenizer, source_language="de", target_language="en")
+    check = "; print(any(name.startswith(('torch._dynamo', 'torch._inductor')) for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", LOAD + check, *folders], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_student_folder_means_its_deployed_model(tmp_path, make_model, tokenizer):

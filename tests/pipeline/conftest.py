@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -21,6 +20,7 @@ from jsonschema import Draft202012Validator
 
 from cvm_translator.runs.events import EventTail, read_events
 from cvm_translator.runs.schema import load_event_schema
+from tests.programs import launch
 
 _GERMAN_ONES = "null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf"
 _GERMAN_ONES += " dreizehn vierzehn fünfzehn sechzehn siebzehn achtzehn neunzehn"
@@ -110,34 +110,12 @@ class Finished:
         return [line for line in self.errors.splitlines() if line.startswith("error:")]
 
 
-_CHILD = """
-import os, runpy, sys
-for number, path in ((1, {output!r}), (2, {errors!r})):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-os.chdir({folder!r})
-sys.argv = ["cvm_translator", *{arguments!r}]
-runpy.run_module("cvm_translator", run_name="__main__", alter_sys=True)
-"""
-
-
 class Program:
-    """`python -m cvm_translator ...` as a process of its own.
-
-    It is forked from a server that has imported the libraries once, which spares each process the seconds of that.
-    """
+    """`python -m cvm_translator ...` as a process of its own."""
 
     def __init__(self, folder: Path, *arguments: str | Path) -> None:
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["cvm_translator.cli", "cvm_translator.pipeline"])
         self._output, self._errors = folder / f".out-{time.monotonic_ns()}", folder / f".err-{time.monotonic_ns()}"
-        code = _CHILD.format(
-            output=str(self._output),
-            errors=str(self._errors),
-            folder=str(folder),
-            arguments=[str(argument) for argument in arguments],
-        )
-        self._process = server.Process(target=exec, args=(code, {}))
-        self._process.start()
+        self._process = launch("cvm_translator", [*map(str, arguments)], self._output, self._errors, folder)
 
     @property
     def pid(self) -> int:
