@@ -67,18 +67,18 @@ FEW_STEPS = (
 )
 AIMS: dict[str, tuple[float, str, Callable[[KilledRun], bool]]] = {
     "loading": (0.05, LOADING, lambda run: True),
-    "training": (0.13, TRAINING, lambda run: True),
+    "training": (0.09, TRAINING, lambda run: True),
     "save": (0.42, SAVE, lambda run: bool(run.find_traces())),
     "save after a validation": (0.26, SAVE, lambda run: run.position.verdict is not None and bool(run.find_traces())),
-    "validation": (0.14, VALIDATION, lambda run: run.position.is_validating),
+    "validation": (0.18, VALIDATION, lambda run: run.position.is_validating),
 }
 """Share of the kills, the phase that is meant, and what is waited for: a kill comes within the time that the phase
 takes from then, and may miss it. A rollback and the stages after training are aimed at as the run comes to them."""
 MAX_STEPS_AHEAD = 40
 """The aim is taken so many steps at most after those that a launch resumed at."""
-ROLLBACK_SHARE = 0.5
+ROLLBACK_SHARE = 0.7
 """Of the rollbacks that are aimed at."""
-LOADING_SECONDS, ROLLBACK_SECONDS = 4.0, 0.2
+LOADING_SECONDS, ROLLBACK_SECONDS = 4.0, 0.1
 MAX_KILLS_A_ROUND = 60
 NUM_FRUITLESS = 3
 """After so many kills in a row without a new checkpoint or stage, the run is let go on until it has one."""
@@ -94,7 +94,7 @@ MINIMA: dict[str, tuple[float, Callable[[Mapping[str, Any]], bool]]] = {
     "after the first best": (0.5, lambda kill: kill["has_best"]),
 }
 """Share of the kills that must have fallen there, rounded down."""
-MIN_PART_SHARE = 0.1
+MIN_PART_SHARE = 0.04
 """The same for each part of the run's steps."""
 
 LOST = "no committed checkpoint is lost: all verify, the newest are there, and so is the best, after each kill"
@@ -131,7 +131,7 @@ def measure_seconds(arm: Arm) -> dict[str, float]:
 
 
 def await_moment(run: KilledRun, generator: random.Random, num_late: int) -> str | None:
-    """Draw what to aim at and wait for the moment; returns the aim, or None when the run ended before.
+    """Draw what to aim at and wait for the moment; returns the aim, or None when the run ended before it was there.
 
     `num_late`: kills of this round in the stages after training; each of these stages is aimed at once.
     """
@@ -159,8 +159,8 @@ def await_moment(run: KilledRun, generator: random.Random, num_late: int) -> str
             aim = phase = LATE_STAGES[num_late]
         elif is_rolling_back():
             aim = phase = ROLLBACK
-    moment = time.monotonic() + part * run.seconds[phase]
-    return aim if run.wait(lambda: time.monotonic() > moment) else None
+    time.sleep(part * run.seconds[phase])  # one sleep: looking on the way would cost a save its last part
+    return aim
 
 
 # --------------------------------------------------------------------------------------------------------------- kills
