@@ -9,7 +9,7 @@ machine is busy for all, and medians of tokens a second are compared.
 
 A vocabulary map's candidates are those of all sentences of a batch, so it gains and loses most in small batches: the
 int8 export is scored with and without it at every batch size that is timed. What is demanded of the deployed model is
-demanded at the batch size that `cvm-translator translate` uses by default, and shown at the others.
+demanded at the batch size that `cvm-translator translate` gives it by default, and shown at the others.
 
     python -m benchmarks.decoding --run distillation_output
 
@@ -56,7 +56,7 @@ from cvm_translator.runs import atomic
 from cvm_translator.runs.layout import RunLayout
 
 NAME = "decoding"
-NUM_SENTENCES = {1: 150, 32: 512, DEPLOYED_BATCH_SIZE: 640, 128: 1024}
+NUM_SENTENCES = {1: 150, DEPLOYED_BATCH_SIZE: 512, 64: 640, 128: 1024}
 """Timed sentences by batch size, more where there are many cores."""
 BATCHES_A_CORE = 4
 
@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 rates[name][str(size)] = found
         scores = score(teams, scored, sizes, len(cores), load_model_config(layout.student / "float")["target_language"])
     return {
-        "run": str(options.run),
+        "run": options.run.resolve().name,
         "machine": machine,
         "num_rounds": options.rounds,
         "batch_sizes": sizes,

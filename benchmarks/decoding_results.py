@@ -1,7 +1,7 @@
 """The systems that `decoding` measures, what is demanded of them, and the tables.
 
 A demand is a ratio of speeds or a difference in BLEU between two systems. Those of the deployed model are made in
-batches of the size that `cvm-translator translate` uses by default; what it shows in others is in the table as well.
+batches of the size that `cvm-translator translate` gives it by default; what it shows in others is in the table too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks import evidence
 from benchmarks.runtime_teams import CT2_ISA
-from cvm_translator.cli.parser import build_parser
+from cvm_translator.models.runtimes.ctranslate2 import Ctranslate2Runtime
 
-DEPLOYED_BATCH_SIZE = int(build_parser().parse_args(["translate", "--model", "student"]).batch_size)
+DEPLOYED_BATCH_SIZE = Ctranslate2Runtime.best_batch_size
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def format_results(data: Mapping[str, Any]) -> str:
     asked = [[claim.text, *(claim.format_cell(size) for size in data["batch_sizes"])] for claim in claims]
     return "\n".join(
         [
-            f"# Speed of the student in each runtime: {data['run']}",
+            "# Decoding",
             "",
             describe_conditions(data),
             "",
@@ -172,14 +172,15 @@ def describe_conditions(data: Mapping[str, Any]) -> str:
     isa = f"with {CT2_ISA}={machine['ct2_isa']}" if machine["ct2_isa"] else "with the instruction set that it chose"
     libraries = ", ".join(f"{name} {number}" for name, number in machine["libraries"].items())
     return (
-        f"Tokens a second, greedy, from ids to ids: medians of {data['num_rounds']} interleaved rounds on {len(cores)} "
-        f"cores (numbers {', '.join(map(str, cores))}) of {machine['processor']}, load {machine['load_at_start']:.1f} "
-        f"before; test sentences: {timed}. In brackets how many times the speed of Transformers with this student. "
-        f"Every system was offered the same arrangements of these cores, a process with a thread a core, one with a "
-        f"single thread, or one with a single thread on each core; it has at each batch size what was fastest in a "
-        f"try. CTranslate2 ran {isa}. BLEU of {data['num_scored']:,} test sentences, in batches of "
-        f"{DEPLOYED_BATCH_SIZE} (the default of cvm-translator translate), with the difference to the native float32 "
-        f"student and its 95 % interval. {libraries}."
+        f"The student of {data['run']} in each runtime. Tokens a second, greedy, from ids to ids: medians of "
+        f"{data['num_rounds']} interleaved rounds on {len(cores)} cores (numbers {', '.join(map(str, cores))}) of "
+        f"{machine['processor']}, load {machine['load_at_start']:.1f} before; test sentences: {timed}. In brackets how "
+        f"many times the speed of Transformers with this student. Every system was offered the same arrangements of "
+        f"these cores, a process with a thread a core, one with a single thread, or one with a single thread on each "
+        f"core; it has at each batch size what was fastest in a try. CTranslate2 ran {isa}. BLEU of "
+        f"{data['num_scored']:,} test sentences, in batches of {DEPLOYED_BATCH_SIZE} (the default of cvm-translator "
+        f"translate for CTranslate2), with the difference to the native float32 student and its 95 % interval. "
+        f"{libraries}."
     )
 
 

@@ -70,7 +70,7 @@ def test_the_table_says_where_and_how_it_was_measured() -> None:
     data = make_decoding()
     text = decoding_results.format_results(data)
     assert "2 cores (numbers 0, 3)" in text and "CT2_FORCE_CPU_ISA=AVX512" in text and "50 / **100**" in text
-    assert f"in batches of {DEPLOYED_BATCH_SIZE} (the default of cvm-translator translate)" in text
+    assert f"in batches of {DEPLOYED_BATCH_SIZE} (the default of cvm-translator translate for CTranslate2)" in text
     data["machine"]["ct2_isa"] = None
     assert "the instruction set that it chose" in decoding_results.format_results(data)
 

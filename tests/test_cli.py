@@ -344,6 +344,20 @@ def test_translate_keeps_its_lines(model_folder: Path) -> None:
     assert done.stdout.split(b"\n")[1] == b""
 
 
+@pytest.mark.parametrize(("options", "expected"), [([], 7), (["--batch-size", "3"], 3)])
+def test_translate_takes_the_runtime_s_batch_size(
+    options: list[str], expected: int, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cvm_translator.models.runtimes.native import NativeRuntime
+
+    given = []
+    monkeypatch.setattr(NativeRuntime, "best_batch_size", 7)
+    monkeypatch.setattr(NativeRuntime, "translate", lambda *_, batch_size, **__: [given.append(batch_size) or "one"])
+    (tmp_path / "in.txt").write_text("eins\n")
+    assert main(["translate", "--model", str(model_folder), "--input", str(tmp_path / "in.txt"), *options]) == 0
+    assert given == [expected]
+
+
 def test_translate_a_file_with_beams(
     model_folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:

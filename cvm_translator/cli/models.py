@@ -49,9 +49,10 @@ def translate(options: Options) -> int:
     from cvm_translator.models.runtimes import RuntimeSettings, load_runtime
 
     runtime = load_runtime(options.runtime, options.model, RuntimeSettings(precision=options.precision))
+    batch_size = options.batch_size or runtime.best_batch_size
 
     def translate(texts: list[str]) -> list[str]:
-        return runtime.translate(texts, beam_size=options.beam_size, batch_size=options.batch_size)
+        return runtime.translate(texts, beam_size=options.beam_size, batch_size=batch_size)
 
     if options.input is None:
         translate_stream(sys.stdin.buffer, sys.stdout.buffer, translate, "standard input")

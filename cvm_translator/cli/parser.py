@@ -125,7 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=["float32", "bfloat16"], default="float32", help="of a float model's arithmetic (native)"
     )
     translate.add_argument("--beam-size", type=_positive, default=1, metavar="N")
-    translate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="sentences decoded together")
+    translate.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="sentences decoded together (64, for ctranslate2 32)"
+    )
     quantize = add("quantize", models.quantize, "store a float model with fewer bits")
     quantize.add_argument(
         "--method",

@@ -38,6 +38,8 @@ class Runtime(abc.ABC):
     """At least format, number_format, max_length, num_parameters, source_language and target_language."""
     num_bytes: int
     """Of the files that hold the weights."""
+    best_batch_size = 64
+    """Sentences that are best decoded together where nobody says how many."""
 
     @abc.abstractmethod
     def __init__(self, path: Path, settings: RuntimeSettings) -> None:

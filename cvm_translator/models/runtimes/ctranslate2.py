@@ -38,6 +38,8 @@ def arrange(settings: RuntimeSettings) -> tuple[int, int]:
 class Ctranslate2Runtime(Runtime):
     """An exported folder, or a run's `student` folder with one of the name `ctranslate2` in it."""
 
+    best_batch_size = 32  # faster than 64, and a vocabulary map gains more: its candidates are those of a whole batch
+
     def __init__(self, path: Path, settings: RuntimeSettings) -> None:
         folder = path if (path / EXPORT_FILE).is_file() else path / "ctranslate2"
         self.facts = load_export_facts(folder if folder.is_dir() else path, "ctranslate2")
