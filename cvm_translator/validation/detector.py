@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cvm_translator.errors import CorpusError
 from cvm_translator.metrics.base import FloatArray
 from cvm_translator.metrics.resampling import confidence_interval, resampling_counts
 from cvm_translator.validation.config import ValidationConfig
@@ -92,6 +93,9 @@ class QualityDegradationDetector:
         self.counts = resampling_counts(num_sentences, config.guard.num_resamples, config.seed)
         self._recent_draws: list[tuple[QualityMeasurement, dict[str, FloatArray]]] = []
         self._teacher_draws = None if teacher is None else self.draw_scores(teacher)
+        missing = set() if self._teacher_draws is None else scale.weights.keys() - self._teacher_draws.keys()
+        for name in sorted(missing):
+            raise CorpusError(f"validation metric {name} cannot be computed on resampled output of the teacher")
         self._teacher = teacher
         self.best: QualityMeasurement | None = None
         self.best_at: tuple[int, int] | None = None
@@ -104,12 +108,16 @@ class QualityDegradationDetector:
     # ------------------------------------------------------------------------------------------------ numbers
 
     def draw_scores(self, measurement: QualityMeasurement) -> dict[str, FloatArray]:
-        """Every metric's scores (draws,) under this detector's resampling matrix; the last few are remembered."""
+        """Every metric's scores (draws,) under this detector's resampling matrix; the last few are remembered.
+
+        A metric that fails now is left out, and tried again the next time.
+        """
         for known, draws in self._recent_draws:
             if known is measurement:
                 return draws
         draws = draw_scores(self.scale.metrics, self.counts, measurement.statistics)
-        self._recent_draws = [*self._recent_draws[1 - NUM_RECENT_DRAWS :], (measurement, draws)]
+        if draws.keys() == measurement.statistics.keys() & self.scale.metrics.keys():
+            self._recent_draws = [*self._recent_draws[1 - NUM_RECENT_DRAWS :], (measurement, draws)]
         return draws
 
     def quality(self, measurement: QualityMeasurement) -> float:
@@ -158,6 +166,9 @@ class QualityDegradationDetector:
                 return f"{name} could not be computed ({new.failures[name]})"
             if not np.isfinite(new.scores.get(name, np.nan)) or not np.isfinite(new.statistics[name]).all():
                 return f"{name} is not a number"
+            for measurement, whose in ((new, ""), (best, " of the best")):
+                if measurement is not None and name not in self.draw_scores(measurement):
+                    return f"{name}{whose} could not be computed on resampled sentences"
         return None
 
     def compare(

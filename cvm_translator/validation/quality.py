@@ -9,6 +9,7 @@ Without a teacher (while the teacher itself is trained) the same mean is taken o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -107,8 +108,17 @@ def build_quality_scale(
 def draw_scores(
     metrics: Mapping[str, Metric], counts: CountArray, statistics: Mapping[str, FloatArray]
 ) -> dict[str, FloatArray]:
-    """Scores (draws,) of every metric under every resampled corpus, in one matrix product."""
+    """Scores (draws,) of every metric under every resampled corpus, in one matrix product.
+
+    A metric that fails, or is no number in any draw, is left out.
+    """
     names = [name for name in statistics if name in metrics]
     sums = resample(counts, np.concatenate([statistics[name] for name in names], axis=1))  # (draws, sum of K)
     edges = np.cumsum([statistics[name].shape[1] for name in names])[:-1]
-    return {name: metrics[name].score(part) for name, part in zip(names, np.split(sums, edges, axis=1), strict=True)}
+    scores = {}
+    for name, part in zip(names, np.split(sums, edges, axis=1), strict=True):
+        with contextlib.suppress(Exception):  # whatever a library throws, as in `evaluate`
+            drawn = metrics[name].score(part)
+            if np.isfinite(drawn).all():
+                scores[name] = drawn
+    return scores

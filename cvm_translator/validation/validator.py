@@ -294,7 +294,7 @@ def compare_scores(
     draws_new, draws_other = detector.draw_scores(new), detector.draw_scores(other)
     compared = {}
     for name in new.scores:
-        if name in other.scores:
+        if name in draws_new and name in draws_other:
             difference = new.scores[name] - other.scores[name]
             draws = draws_new[name] - draws_other[name]
             compared[name] = {

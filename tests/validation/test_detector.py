@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cvm_translator.config.schema import ValidationSettings
 from cvm_translator.validation import QualityDegradationDetector, TranslationQualityEvaluator, ValidationConfig, Verdict
 from cvm_translator.validation.detector import describe_trend
 from cvm_translator.validation.quality import build_quality_scale
+from cvm_translator.validation.validator import compare_scores
 
 
 def build_detector(config, evaluator, teacher) -> QualityDegradationDetector:
@@ -110,6 +112,33 @@ def test_no_decision(detector, measure, change: str) -> None:
     assert not verdict.asks_for_rollback
     assert not verdict.is_new_best
     assert detector.state_dict() == state
+
+
+@pytest.mark.parametrize("fault", [np.nan, RuntimeError])
+def test_a_metric_that_fails_on_resampled_sentences_is_no_decision_and_leaves_nothing_behind(
+    detector, measure, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    detector.judge(measure(0.2), 1000)
+    detector._recent_draws.clear()  # as after a resume: the best is drawn again
+    state = detector.state_dict()
+    metric = detector.scale.metrics["bleu"]
+    score = metric.score
+
+    def fail(aggregate: Any) -> Any:
+        if np.ndim(aggregate) == 1:
+            return score(aggregate)
+        if fault is RuntimeError:
+            raise RuntimeError("boom")
+        return score(aggregate) * np.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metric, "score", fail)
+        verdict = detector.judge(measure(0.2), 2000)
+        assert compare_scores(measure(0.3), detector.best, detector).keys() == detector.best.scores.keys() - {"bleu"}
+    assert (verdict.verdict, verdict.reason) == ("no_decision", "bleu could not be computed on resampled sentences")
+    assert detector.state_dict() == state
+    verdict = detector.judge(measure(0.9), 3000)
+    assert verdict.verdict == "degraded" and np.isfinite(verdict.drop_lower_bound)
 
 
 def test_a_failed_metric_without_weight_does_not_stop_the_decision(detector, measure) -> None:
