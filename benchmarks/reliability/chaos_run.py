@@ -61,12 +61,14 @@ class Position:
     def is_late(self) -> bool:
         return self.stage in LATE_STAGES
 
+    def begin(self) -> None:
+        """A new process, of which no event tells yet."""
+        self.stage, self.is_in_loop = "nothing", False
+        self._settle()
+
     def take_in(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
-        if kind == "run_started":
-            self.stage, self.is_in_loop = "nothing", False
-            self._settle()
-        elif kind == "stage_started":
+        if kind == "stage_started":
             self.stage = event["stage"]
         elif event.get("stage") == "distil":
             self._take_in_loop(kind, event)
@@ -133,6 +135,7 @@ class KilledRun:
 
     def launch(self) -> None:
         self.resumed = []
+        self.position.begin()
         arguments = [*self.arm.command()[len(common.PROGRAM) :], "--no-progress"]
         log = self.arm.layout.logs / "benchmark.log"
         self.process = self.forge.launch(arguments, log)

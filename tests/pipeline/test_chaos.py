@@ -46,7 +46,6 @@ def test_a_few_kills_lose_nothing_and_change_no_bit(options: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- where a kill has fallen
 
 TRACE = ".tmp-checkpoint_40"
-STARTED = {"kind": "run_started"}
 LOOP = {"kind": "stage_started", "stage": "distil"}
 RESUMED = {"kind": "resumed", "stage": "distil", "step": 30, "attempt": 1}
 TRAINED = {"kind": "train", "stage": "distil", "step": 40, "attempt": 1, "skipped": False}
@@ -59,24 +58,23 @@ SAVED = {"kind": "checkpoint", "stage": "distil", "step": 40, "attempt": 1, "is_
 GATE = {"kind": "stage_started", "stage": "gate"}
 
 FALLEN = [
-    ([STARTED], [], "loading"),
-    ([STARTED, LOOP], [TRACE], "loading"),
-    ([STARTED, LOOP, RESUMED], [], "training"),
-    ([STARTED, LOOP, RESUMED], [TRACE], "save"),
-    ([STARTED, LOOP, RESUMED, TRAINED | {"step": 39}], [], "training"),
-    ([STARTED, LOOP, RESUMED, SKIPPED], [], "training"),
-    ([STARTED, LOOP, RESUMED, TRAINED], [], "validation"),
-    ([STARTED, LOOP, RESUMED, TRAINED | {"step": 90}], [], "validation"),
-    ([STARTED, LOOP, RESUMED, TRAINED, VERDICT], [], "training"),
-    ([STARTED, LOOP, RESUMED, TRAINED, VERDICT], [TRACE], "save of a best"),
-    ([STARTED, LOOP, RESUMED, TRAINED, WORSE], [TRACE], "save"),
-    ([STARTED, LOOP, RESUMED, TRAINED, DEGRADED], [], "rollback"),
-    ([STARTED, LOOP, RESUMED, TRAINED, DEGRADED], [".tmp-rollback.json-12ab"], "rollback"),
-    ([STARTED, LOOP, RESUMED, ROLLBACK], [], "rollback"),
-    ([STARTED, LOOP, RESUMED, ROLLBACK], [TRACE], "save"),
-    ([STARTED, LOOP, RESUMED, TRAINED, VERDICT, SAVED], [], "training"),
-    ([STARTED, LOOP, RESUMED, TRAINED, VERDICT, STARTED], [], "loading"),
-    ([STARTED, LOOP, GATE], [], "gate"),
+    ([], [TRACE], "loading"),
+    ([LOOP], [TRACE], "loading"),
+    ([LOOP, RESUMED], [], "training"),
+    ([LOOP, RESUMED], [TRACE], "save"),
+    ([LOOP, RESUMED, TRAINED | {"step": 39}], [], "training"),
+    ([LOOP, RESUMED, SKIPPED], [], "training"),
+    ([LOOP, RESUMED, TRAINED], [], "validation"),
+    ([LOOP, RESUMED, TRAINED | {"step": 90}], [], "validation"),
+    ([LOOP, RESUMED, TRAINED, VERDICT], [], "training"),
+    ([LOOP, RESUMED, TRAINED, VERDICT], [TRACE], "save of a best"),
+    ([LOOP, RESUMED, TRAINED, WORSE], [TRACE], "save"),
+    ([LOOP, RESUMED, TRAINED, DEGRADED], [], "rollback"),
+    ([LOOP, RESUMED, TRAINED, DEGRADED], [".tmp-rollback.json-12ab"], "rollback"),
+    ([LOOP, RESUMED, ROLLBACK], [], "rollback"),
+    ([LOOP, RESUMED, ROLLBACK], [TRACE], "save"),
+    ([LOOP, RESUMED, TRAINED, VERDICT, SAVED], [], "training"),
+    ([LOOP, GATE], [], "gate"),
 ]
 
 
@@ -89,6 +87,8 @@ def test_the_phase_is_told_by_the_events_and_the_traces(
         position.take_in(event)
     assert position.find_phase(traces) == expected
     assert position.has_best == (SAVED in events)
+    position.begin()
+    assert position.find_phase(traces) == "loading"
 
 
 def build_run(tmp_path: Path) -> KilledRun:
@@ -105,7 +105,7 @@ def test_traces_of_earlier_launches_and_of_the_recovery_from_them_do_not_count(t
     assert run.find_traces() == []
     run.position.take_in(RESUMED)
     assert run.find_traces() == [".replaced-checkpoint_10", ".tmp-removed-checkpoint_5"]
-    run.position.take_in(STARTED)
+    run.position.begin()
     assert run.find_traces() == []
     shutil.rmtree(run.store.directory)
     run.position.take_in(RESUMED)
