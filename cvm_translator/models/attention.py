@@ -62,7 +62,12 @@ class AttentionCache:
         self.keys[:, :, self.length] = keys
         self.values[:, :, self.length] = values
         self.length += 1
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length], None
+        return *self.tensors, None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What is remembered: all keys and values so far, (B, H, length, d) each."""
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in the given order; rows may repeat."""

@@ -95,12 +95,18 @@ class SlotCache:
         slots.append(keys.flatten(0, 1).float(), values.flatten(0, 1).float())
         if slots.counts.shape[1] > self._capacity:
             slots.merge(slots.find_cheapest(self._capacity))
+        keys, values, counts = self.tensors
+        return keys.to(self._type), values.to(self._type), counts.log().unsqueeze(2)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is remembered: means of keys and values, (B, H, L, d) each, and counts, (B, H, L)."""
+        slots = self._slots
         assert slots.values is not None
-        keys, values, bias = (
-            means.view(-1, self._num_heads, *means.shape[1:])
-            for means in (slots.keys, slots.values, slots.counts.log())
+        keys, values, counts = (
+            rows.view(-1, self._num_heads, *rows.shape[1:]) for rows in (slots.keys, slots.values, slots.counts)
         )
-        return keys.to(self._type), values.to(self._type), bias.unsqueeze(2)
+        return keys, values, counts
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in the given order; rows may repeat."""

@@ -104,6 +104,17 @@ class DecoderState:
     """The embedding matrix in float, made once, unless its format is faster without."""
     length: int = 0
 
+    def count_slots(self) -> int:
+        """Most keys that an attention head holds, of its own tokens or of the source."""
+        keys = [cache.tensors[0] for cache in self.caches] + [source.keys for source in self.sources]
+        return max(tensor.shape[2] for tensor in keys)
+
+    def count_bytes(self) -> int:
+        """Memory of all keys, values, counts and masks, without what caches hold in reserve."""
+        held = [tensor for cache in self.caches for tensor in cache.tensors]
+        held += [tensor for source in self.sources for tensor in source if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
     def reorder(self, rows: Tensor) -> None:
         """Take the decoded tokens of the given rows; each row's source must stay the same (beams of one sentence)."""
         for cache in self.caches:
