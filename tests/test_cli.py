@@ -344,6 +344,30 @@ def test_translate_keeps_its_lines(model_folder: Path) -> None:
     assert done.stdout.split(b"\n")[1] == b""
 
 
+LEAVING = """
+import argparse, os, signal, sys
+from cvm_translator import cli, errors
+
+def stop(options):
+    raise errors.Stopped(signal.SIGTERM)
+
+class Parser:
+    def parse_args(self, arguments):
+        return argparse.Namespace(command=stop)
+
+cli.build_parser = Parser
+code = cli.main([])
+for number in (signal.SIGTERM, signal.SIGINT):
+    os.kill(os.getpid(), number)
+sys.exit(code)
+"""
+
+
+def test_a_further_signal_does_not_change_how_a_stopped_process_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM: everything is saved\n")
+
+
 @pytest.mark.parametrize(("options", "expected"), [([], 7), (["--batch-size", "3"], 3)])
 def test_translate_takes_the_runtime_s_batch_size(
     options: list[str], expected: int, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -94,7 +94,7 @@ MINIMA: dict[str, tuple[float, Callable[[Mapping[str, Any]], bool]]] = {
     "after the first best": (0.5, lambda kill: kill["has_best"]),
 }
 """Share of the kills that must have fallen there, rounded down."""
-MIN_PART_SHARE = 0.04
+MIN_PART_SHARE = 0.1
 """The same for each part of the run's steps."""
 
 LOST = "no committed checkpoint is lost: all verify, the newest are there, and so is the best, after each kill"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_code: int = options.command(options)
         sys.stdout.flush()
     except Stopped as stopped:
+        _ignore_signals()
         saved = "everything is saved" if stopped.is_saved else "the steps since the last checkpoint will be repeated"
         tell(f"stopped by {signal.Signals(stopped.signal_number).name}: {saved}")
         return stopped.exit_code
@@ -59,6 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(f"error: {describe_error(error)}")
         return find_exit_code(error, has_supervisor=has_supervisor)
     return exit_code
+
+
+def _ignore_signals() -> None:
+    """What was to be saved is saved: a further signal must not change how the process ends, nor print a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def find_exit_code(error: Exception, *, has_supervisor: bool) -> int:

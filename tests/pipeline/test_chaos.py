@@ -229,7 +229,8 @@ def test_the_verdict_asks_where_the_kills_fell() -> None:
     assert failures["x"] == ["round 1: y"]
     assert failures[chaos.LOST] == ["z"]
     assert {check: found for check, found in chaos.find_shortfalls(kills).items() if found} == {
-        "at least 3 of 10 kills inside a save": ["2 kills"]
+        "at least 3 of 10 kills inside a save": ["2 kills"],
+        "at least 1 of 10 kills in part 4 of 4 of the steps": ["0 kills"],
     }
 
 
