@@ -61,10 +61,10 @@ def check_pairs(hypotheses: Sequence[str], references: Sequence[str]) -> None:
         raise ValueError("no sentences to score")
 
 
-def check_finite(name: str, statistics: FloatArray) -> FloatArray:
-    """Return the statistics, or raise ValueError when one of them is NaN or infinite."""
+def check_finite(name: str, statistics: FloatArray, row_name: str = "sentence") -> FloatArray:
+    """Return the statistics, or raise ValueError when one of them is NaN or infinite; `row_name`: what a row is."""
     finite = np.isfinite(statistics)
     if not finite.all():
         row = int(np.argwhere(~finite)[0][0])
-        raise ValueError(f"{name} is not a number for sentence {row + 1}")
+        raise ValueError(f"{name} is not a number for {row_name} {row + 1}")
     return statistics

@@ -93,9 +93,9 @@ class QualityDegradationDetector:
         self.counts = resampling_counts(num_sentences, config.guard.num_resamples, config.seed)
         self._recent_draws: list[tuple[QualityMeasurement, dict[str, FloatArray]]] = []
         self._teacher_draws = None if teacher is None else self.draw_scores(teacher)
-        missing = set() if self._teacher_draws is None else scale.weights.keys() - self._teacher_draws.keys()
-        for name in sorted(missing):
-            raise CorpusError(f"validation metric {name} cannot be computed on resampled output of the teacher")
+        obstacle = None if teacher is None else self._find_undrawn(teacher)
+        if obstacle is not None:
+            raise CorpusError(f"the teacher's output cannot be judged: {obstacle}")
         self._teacher = teacher
         self.best: QualityMeasurement | None = None
         self.best_at: tuple[int, int] | None = None
@@ -108,17 +108,25 @@ class QualityDegradationDetector:
     # ------------------------------------------------------------------------------------------------ numbers
 
     def draw_scores(self, measurement: QualityMeasurement) -> dict[str, FloatArray]:
-        """Every metric's scores (draws,) under this detector's resampling matrix; the last few are remembered.
+        """Every metric's scores (draws,) under this detector's resampling matrix; one that fails now is left out."""
+        return self._draw(measurement)[0]
 
-        A metric that fails now is left out, and tried again the next time.
-        """
+    def _draw(self, measurement: QualityMeasurement) -> tuple[dict[str, FloatArray], dict[str, str]]:
+        """Scores and failures. The last few are remembered, but not failures: a metric is tried again the next time."""
         for known, draws in self._recent_draws:
             if known is measurement:
-                return draws
-        draws = draw_scores(self.scale.metrics, self.counts, measurement.statistics)
-        if draws.keys() == measurement.statistics.keys() & self.scale.metrics.keys():
+                return draws, {}
+        draws, failures = draw_scores(self.scale.metrics, self.counts, measurement.statistics)
+        if not failures:
             self._recent_draws = [*self._recent_draws[1 - NUM_RECENT_DRAWS :], (measurement, draws)]
-        return draws
+        return draws, failures
+
+    def _find_undrawn(self, measurement: QualityMeasurement) -> str | None:
+        """Which metric that counts has no scores on resampled sentences, and why; or None."""
+        for name, reason in self._draw(measurement)[1].items():
+            if name in self.scale.weights:
+                return f"{name} could not be computed on resampled sentences ({reason})"
+        return None
 
     def quality(self, measurement: QualityMeasurement) -> float:
         return float(self.scale.quality(measurement.scores))
@@ -166,10 +174,8 @@ class QualityDegradationDetector:
                 return f"{name} could not be computed ({new.failures[name]})"
             if not np.isfinite(new.scores.get(name, np.nan)) or not np.isfinite(new.statistics[name]).all():
                 return f"{name} is not a number"
-            for measurement, whose in ((new, ""), (best, " of the best")):
-                if measurement is not None and name not in self.draw_scores(measurement):
-                    return f"{name}{whose} could not be computed on resampled sentences"
-        return None
+        undrawn = self._find_undrawn(new)
+        return undrawn if undrawn is not None or best is None else self._find_undrawn(best)
 
     def compare(
         self, new: QualityMeasurement, best: QualityMeasurement | None, best_step: int | None = None

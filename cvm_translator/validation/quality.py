@@ -9,7 +9,6 @@ Without a teacher (while the teacher itself is trained) the same mean is taken o
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from cvm_translator.errors import ConfigError
 from cvm_translator.metrics import ROUGE_TYPES, Metric
-from cvm_translator.metrics.base import FloatArray
+from cvm_translator.metrics.base import FloatArray, check_finite
 from cvm_translator.metrics.resampling import CountArray, resample
 
 MIN_TEACHER_VALUE = 0.1
@@ -107,18 +106,15 @@ def build_quality_scale(
 
 def draw_scores(
     metrics: Mapping[str, Metric], counts: CountArray, statistics: Mapping[str, FloatArray]
-) -> dict[str, FloatArray]:
-    """Scores (draws,) of every metric under every resampled corpus, in one matrix product.
-
-    A metric that fails, or is no number in any draw, is left out.
-    """
+) -> tuple[dict[str, FloatArray], dict[str, str]]:
+    """Scores (draws,) of every metric under every resampled corpus, in one matrix product; and why one has none."""
     names = [name for name in statistics if name in metrics]
     sums = resample(counts, np.concatenate([statistics[name] for name in names], axis=1))  # (draws, sum of K)
     edges = np.cumsum([statistics[name].shape[1] for name in names])[:-1]
-    scores = {}
+    scores, failures = {}, {}
     for name, part in zip(names, np.split(sums, edges, axis=1), strict=True):
-        with contextlib.suppress(Exception):  # whatever a library throws, as in `evaluate`
-            drawn = metrics[name].score(part)
-            if np.isfinite(drawn).all():
-                scores[name] = drawn
-    return scores
+        try:
+            scores[name] = check_finite(name, metrics[name].score(part), "resampling")
+        except Exception as error:  # whatever a library throws, as in `evaluate`
+            failures[name] = f"{type(error).__name__}: {error}"
+    return scores, failures
