@@ -71,8 +71,10 @@ def measure(options: Any) -> dict[str, Any]:
     settings = TrainingConfig(num_iterations=1000, batch_size=problem.batch_size, learning_rate=1e-4)
     optimizer, spikes = build_optimizer(parts.student, settings), SpikeWindow(num_steps=1000, threshold=math.inf)
     order = np.argsort(parts.dataset.lengths[:, 1], kind="stable")
+    order = order[: len(order) // problem.batch_size * problem.batch_size]
     chosen = np.split(order, len(order) // problem.batch_size)
-    batches = [parts.dataset.batch(chosen[place]) for place in np.random.default_rng(5).permutation(len(chosen))]
+    places = np.random.default_rng(5).permutation(len(chosen))[: problem.num_steps + problem.num_warm_up]
+    batches = [parts.dataset.batch(chosen[place]) for place in places]
     parts.student.train()
 
     def step(number: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -36,6 +36,11 @@ class Problem:
     batch_size: int
     num_steps: int
     num_warm_up: int
+    num_pairs: int | None = None
+    """Of the corpus; None: as many as the steps take."""
+
+    def count_pairs(self) -> int:
+        return self.num_pairs or self.batch_size * (self.num_steps + self.num_warm_up)
 
 
 @dataclass
@@ -50,7 +55,7 @@ class Parts:
     @classmethod
     def build(cls, problem: Problem) -> Parts:
         generator = np.random.default_rng(13)
-        lengths = draw_lengths(generator, problem.batch_size * (problem.num_steps + problem.num_warm_up))
+        lengths = draw_lengths(generator, problem.count_pairs())
         sources, targets = ([generator.integers(4, problem.vocabulary, n).tolist() for n in side] for side in lengths.T)
         student = build_model(problem.student, problem.vocabulary, seed=1)
         teacher = build_model(problem.teacher, problem.vocabulary, seed=2) if problem.teacher else None
@@ -93,9 +98,14 @@ def add_problem_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N")
     parser.add_argument("--num-steps", type=int, default=20, metavar="N")
     parser.add_argument("--num-warm-up", type=int, default=3, metavar="N")
+    parser.add_argument("--num-pairs", type=int, metavar="N", help="of the corpus; default: what the steps take")
 
 
 def read_problem(options: argparse.Namespace) -> Problem:
     if options.num_warm_up < 1 or options.num_steps < 1:
         raise BenchmarkError("--num-steps and --num-warm-up are at least 1")
-    return Problem(**{field.name: getattr(options, field.name) for field in fields(Problem)})
+    problem = Problem(**{field.name: getattr(options, field.name) for field in fields(Problem)})
+    least = replace(problem, num_pairs=None).count_pairs()
+    if problem.count_pairs() < least:
+        raise BenchmarkError(f"--num-pairs {problem.num_pairs}: these steps take {least}")
+    return problem

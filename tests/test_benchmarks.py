@@ -56,6 +56,14 @@ def test_our_side_of_the_training_benchmark(teacher: str | None, tmp_path: Path)
     assert ("states_seconds" in figures) == (teacher is not None)
 
 
+def test_a_budget_of_tokens_pads_less(tmp_path: Path) -> None:
+    parts = Parts.build(Problem("tiny", None, 100, 8, num_steps=3, num_warm_up=2, num_pairs=4000))
+    (tmp_path / "counted").mkdir()
+    counted = training.run_ours(parts, tmp_path / "counted")
+    budgeted = training.run_ours(parts, tmp_path, is_budgeted=True)
+    assert budgeted["padding_efficiency"] > max(0.95, counted["padding_efficiency"])
+
+
 def test_the_stopwatch_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 101.0, 103.0, 105.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
@@ -114,14 +122,20 @@ def test_a_trainer_that_was_not_run_is_in_the_table() -> None:
         "machine": read_machine(),
         "problem": vars(Problem("tiny", None, 100, 8, 3, 2)),
         "num_parameters": 1,
+        "num_pairs": 40,
         "threads": 1,
         "rounds": 1,
-        "systems": {training.OURS: figures, training.TUNED: figures | {"tokens_per_second": 300.0}},
+        "systems": {
+            training.OURS: figures | {"tokens_per_second": 800.0},
+            training.OURS_BUDGETED: figures,
+            training.TUNED: figures | {"tokens_per_second": 300.0},
+        },
     }
     failures = training.check(data["systems"], has_teacher=False)
     text = training.format_results(data | {"failures": failures})
     assert "| Joey NMT" in text and "not run" in text and list(failures.values()) == [[]]
-    data |= {"problem": vars(DISTILLED), "systems": {training.OURS_STORED: figures}}
+    assert "| 2.67 " in text and "| 3.00 " in text  # of both our systems
+    data |= {"problem": vars(DISTILLED), "systems": {training.OURS: figures, training.OURS_STORED: figures}}
     assert "Joey NMT" not in training.format_results(data | {"failures": failures})
 
 

@@ -278,8 +278,8 @@ class TeacherConfig(Settings):
 
     store_states: bool = True
     """Compute the teacher's hidden states of every training pair once and read them back, instead of running the
-    teacher at each step. Done where training multiplies in bfloat16 and visits pairs more than once, within the
-    budget."""
+    teacher at each step. Done where training multiplies in bfloat16 and visits pairs more than once, within the budget
+    and the free disk space."""
     top_k: PositiveInt | None = None
     """Store the teacher's so many likeliest targets of every token instead of its hidden states: a smaller file where
     they are well below half its width, but what they leave of its distribution is lost (at high temperatures much).

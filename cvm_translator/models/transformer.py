@@ -169,13 +169,13 @@ class CvmTransformer(nn.Module):
     def _decoder(self) -> Iterable[DecoderLayer]:
         return cast("Iterable[DecoderLayer]", self.decoder_layers)
 
-    def _embed(self, ids: Tensor, matrix: Tensor | None) -> Tensor:
-        """(B, L) -> (B, L, D)."""
-        x = self.embedding.embed(ids, matrix) * math.sqrt(self.config.dim) + self.positions[: ids.shape[1]]
+    def _place(self, embedded: Tensor) -> Tensor:
+        """Rows of the embedding matrix at their positions: (B, L, D) -> (B, L, D)."""
+        x = embedded * math.sqrt(self.config.dim) + self.positions[: embedded.shape[1]]
         return dropout(x, self.config.dropout, self.training)
 
-    def _encode(self, src: Tensor, mask: Tensor | None, matrix: Tensor | None) -> Tensor:
-        x = self._embed(src, matrix)
+    def _encode(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
+        x = self._place(embedded)
         for layer in self.encoder_layers:
             x = layer(x, mask)
         memory: Tensor = self.encoder_norm(x)
@@ -183,7 +183,7 @@ class CvmTransformer(nn.Module):
 
     def encode(self, src: Tensor, src_mask: Tensor) -> Tensor:
         """src (B, S) ids, src_mask (B, S) bool, True at real tokens -> memory (B, S, D)."""
-        return self._encode(src, _attention_mask(src_mask), None)
+        return self._encode(self.embedding.embed(src), _attention_mask(src_mask))
 
     def forward(self, src: Tensor, src_mask: Tensor, tgt_in: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher-forced pass: src (B, S), src_mask (B, S) bool, tgt_in (B, T) -> hidden (B, T, D), matrix (V, D).
@@ -191,10 +191,10 @@ class CvmTransformer(nn.Module):
         Logits are hidden @ matrix.T. With fake quantisation on, both are already rounded to the grid, and the matrix is
         the one that embedded the tokens.
         """
-        matrix = self.embedding.matrix()
+        matrix, embedded_src, embedded_tgt = self.embedding.embed_all(src, tgt_in)
         mask = _attention_mask(src_mask)
-        memory = self._encode(src, mask, matrix)
-        x = self._embed(tgt_in, matrix)
+        memory = self._encode(embedded_src, mask)
+        x = self._place(embedded_tgt)
         for layer in self.decoder_layers:
             x = layer(x, memory, mask)
         return self.embedding.round_hidden(self.decoder_norm(x)), matrix

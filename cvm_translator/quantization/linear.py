@@ -8,6 +8,7 @@ float32. Biases stay float.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +46,34 @@ class QuantizableLinear(nn.Linear):
         return functional.linear(fake_quantize(input) if self.fake_format.kind == "int8" else input, weight, self.bias)
 
 
+class _Lookups(torch.autograd.Function):
+    """(matrix, ids, …) -> the matrix, and its rows at each ids.
+
+    The rows' gradients are added into the matrix's own, which the loss has just made and nobody else holds. PyTorch's
+    embedding would make a dense one of each and add them up: at 32,000 × 512 a twentieth of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, *ids: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*ids)
+        return matrix.view_as(matrix), *(functional.embedding(each, matrix) for each in ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total = grads[0].contiguous()
+        for ids, rows in zip(ctx.saved_tensors, grads[1:], strict=True):
+            if total.device.type == "cpu":
+                total.index_add_(0, ids.flatten(), rows.flatten(0, -2))
+            else:  # index_add_ adds in any order there
+                total.index_put_((ids.flatten(),), rows.flatten(0, -2), accumulate=True)
+        return total, *(None for _ in ctx.saved_tensors)
+
+
 class TiedEmbedding(nn.Module):
     """One matrix (V, D) that embeds tokens and projects hidden states to logits.
 
-    A training step takes `matrix()` once and hands it to `embed` and to the loss, so that a fake-quantised matrix is
-    made once per step and its gradient is that of all its uses.
+    A training step takes the matrix once, with what is embedded, and hands it to the loss, so that a fake-quantised
+    matrix is made once per step and its gradient is that of all its uses.
     """
 
     fake_quantization: bool = False
@@ -76,6 +100,11 @@ class TiedEmbedding(nn.Module):
     def embed(self, ids: Tensor, matrix: Tensor | None = None) -> Tensor:
         """Rows of the matrix: ids (...) -> (..., D). `matrix` saves making it again."""
         return functional.embedding(ids, self.matrix() if matrix is None else matrix)
+
+    def embed_all(self, *ids: Tensor) -> tuple[Tensor, ...]:
+        """The matrix, and its rows at each of the ids, (...) -> (..., D); in training faster than one by one."""
+        found: tuple[Tensor, ...] = _Lookups.apply(self.matrix(), *ids)  # type: ignore[no-untyped-call]
+        return found
 
     def round_hidden(self, hidden: Tensor) -> Tensor:
         """Hidden states as `project` sees them: (..., D), rounded per token when fake quantisation is on."""

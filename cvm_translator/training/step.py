@@ -64,7 +64,8 @@ def train_step(
         totals += torch.stack(
             [loss.detach(), parts.distillation.detach(), parts.task.detach(), parts.num_correct.detach()]
         ).to(totals)
-    grad_norm_tensor = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm_tensor = nn.utils.get_total_norm(gradients)
     # -------------------------------------------------------------------------------- checks before the optimizer moves
     values = torch.cat([totals, grad_norm_tensor.detach().to(totals).reshape(1)]).tolist()  # the one sync point
     total, distillation, task, correct, grad_norm = values
@@ -75,6 +76,8 @@ def train_step(
         rejected = "loss spike"
     # ------------------------------------------------------------------------------------------------------- the move
     if rejected is None:
+        if grad_norm > settings.max_grad_norm:  # else clipping multiplies all gradients by 1
+            nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, grad_norm_tensor)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()

@@ -54,3 +54,23 @@ def test_tied_matrix_collects_the_gradient_of_all_its_uses(layer_format):
     expected = torch.zeros(10, 4)
     expected[3] = 2.0
     torch.testing.assert_close(embedding.weight.grad, expected)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_lookups_have_the_gradient_of_torchs_embeddings(expanded: bool):
+    torch.manual_seed(3)
+    ours = TiedEmbedding(10, 4)
+    theirs = ours.weight.detach().clone().requires_grad_()
+    src, tgt = torch.tensor([[3, 3, 7]]), torch.tensor([[7], [0]])
+    upstream = [torch.randn(10, 4), torch.randn(1, 3, 4), torch.randn(2, 1, 4)]
+    if expanded:  # a gradient that cannot be added to in place
+        upstream[0] = torch.tensor(2.0).expand(10, 4)
+    before = upstream[0].clone()
+    torch.autograd.backward(ours.embed_all(src, tgt), upstream)
+    torch.autograd.backward(
+        [theirs, functional.embedding(src, theirs), functional.embedding(tgt, theirs)], [before, *upstream[1:]]
+    )
+    torch.testing.assert_close(ours.weight.grad, theirs.grad)
+    with torch.no_grad():
+        matrix, rows, _ = ours.embed_all(src, tgt)
+    assert torch.equal(matrix, ours.weight) and torch.equal(rows, ours.embed(src))
