@@ -27,7 +27,7 @@ from cvm_translator.config.schema import ModelConfig
 from cvm_translator.models.attention import AttentionCache, CrossAttention, SelfAttention, SourceView
 from cvm_translator.models.dropout import dropout
 from cvm_translator.models.slots import SlotCache
-from cvm_translator.quantization import LayerFormat, QuantizableLinear, TiedEmbedding, set_fake_quantization
+from cvm_translator.quantization import LayerFormat, QuantizableLinear, TiedEmbedding, look_up, set_fake_quantization
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 FIRST_POSITION = PAD_ID + 1
@@ -191,7 +191,7 @@ class CvmTransformer(nn.Module):
         Logits are hidden @ matrix.T. With fake quantisation on, both are already rounded to the grid, and the matrix is
         the one that embedded the tokens.
         """
-        matrix, embedded_src, embedded_tgt = self.embedding.embed_all(src, tgt_in)
+        matrix, embedded_src, embedded_tgt = look_up(self.embedding, src, tgt_in)
         mask = _attention_mask(src_mask)
         memory = self._encode(embedded_src, mask)
         x = self._place(embedded_tgt)

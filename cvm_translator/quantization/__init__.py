@@ -10,7 +10,7 @@ from cvm_translator.quantization.convert import (
 )
 from cvm_translator.quantization.formats import LayerFormat, Plan, name_plan, parse_plan, plan_to_plain
 from cvm_translator.quantization.four_bit import FourBitLinear
-from cvm_translator.quantization.linear import QuantizableLinear, TiedEmbedding
+from cvm_translator.quantization.linear import QuantizableLinear, TiedEmbedding, look_up
 from cvm_translator.quantization.memory import MemoryOptimizedQuantizer, describe_plan
 from cvm_translator.quantization.quantizer import ALLOWED_BITS, AdvancedQuantizer, QuantizationType, check_method
 
@@ -31,6 +31,7 @@ __all__ = [
     "describe_plan",
     "find_fake_plan",
     "find_plan",
+    "look_up",
     "name_plan",
     "parse_plan",
     "plan_to_plain",

@@ -8,7 +8,7 @@ float32. Biases stay float.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ class QuantizableLinear(nn.Linear):
         return functional.linear(fake_quantize(input) if self.fake_format.kind == "int8" else input, weight, self.bias)
 
 
+class Embedding(Protocol):
+    """What a token embedding offers, in whatever format it is kept."""
+
+    def matrix(self) -> Tensor: ...
+
+    def embed(self, ids: Tensor, matrix: Tensor | None = None) -> Tensor: ...
+
+
 class _Lookups(torch.autograd.Function):
     """(matrix, ids, …) -> the matrix, and its rows at each ids.
 
@@ -67,6 +75,15 @@ class _Lookups(torch.autograd.Function):
             else:  # index_add_ adds in any order there
                 total.index_put_((ids.flatten(),), rows.flatten(0, -2), accumulate=True)
         return total, *(None for _ in ctx.saved_tensors)
+
+
+def look_up(embedding: Embedding, *ids: Tensor) -> tuple[Tensor, ...]:
+    """The matrix (V, D), and what is embedded at each of the ids, (...) -> (..., D); see `_Lookups`."""
+    matrix = embedding.matrix()
+    if not (torch.is_grad_enabled() and matrix.requires_grad):
+        return matrix, *(embedding.embed(each, matrix) for each in ids)
+    found: tuple[Tensor, ...] = _Lookups.apply(matrix, *ids)  # type: ignore[no-untyped-call]
+    return found
 
 
 class TiedEmbedding(nn.Module):
@@ -100,14 +117,6 @@ class TiedEmbedding(nn.Module):
     def embed(self, ids: Tensor, matrix: Tensor | None = None) -> Tensor:
         """Rows of the matrix: ids (...) -> (..., D). `matrix` saves making it again."""
         return functional.embedding(ids, self.matrix() if matrix is None else matrix)
-
-    def embed_all(self, *ids: Tensor) -> tuple[Tensor, ...]:
-        """The matrix, and its rows at each of the ids, (...) -> (..., D); in training faster than one by one."""
-        matrix = self.matrix()
-        if not torch.is_grad_enabled():
-            return matrix, *(self.embed(each, matrix) for each in ids)
-        found: tuple[Tensor, ...] = _Lookups.apply(matrix, *ids)  # type: ignore[no-untyped-call]
-        return found
 
     def round_hidden(self, hidden: Tensor) -> Tensor:
         """Hidden states as `project` sees them: (..., D), rounded per token when fake quantisation is on."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cvm_translator.quantization import LayerFormat, QuantizableLinear, TiedEmbedding
+from cvm_translator.quantization import LayerFormat, QuantizableLinear, TiedEmbedding, look_up
 from cvm_translator.quantization.grid import fake_quantize
 from cvm_translator.quantization.linear import FAKE_WEIGHTS
 
@@ -66,11 +66,11 @@ def test_lookups_have_the_gradient_of_torchs_embeddings(expanded: bool):
     if expanded:  # a gradient that cannot be added to in place
         upstream[0] = torch.tensor(2.0).expand(10, 4)
     before = upstream[0].clone()
-    torch.autograd.backward(ours.embed_all(src, tgt), upstream)
+    torch.autograd.backward(look_up(ours, src, tgt), upstream)
     torch.autograd.backward(
         [theirs, functional.embedding(src, theirs), functional.embedding(tgt, theirs)], [before, *upstream[1:]]
     )
     torch.testing.assert_close(ours.weight.grad, theirs.grad)
     with torch.no_grad():
-        matrix, rows, _ = ours.embed_all(src, tgt)
+        matrix, rows, _ = look_up(ours, src, tgt)
     assert torch.equal(matrix, ours.weight) and torch.equal(rows, ours.embed(src))
