@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import common, evidence, loss, scaling, step_profile, teacher_cache, training, validation
+from benchmarks import batches, common, evidence, loss, scaling, step_profile, teacher_cache, training, validation
 from benchmarks.common import BenchmarkError
 from benchmarks.machine import describe_machine, read_machine
 from benchmarks.training_peers import Collate, check_joeynmt, run_joeynmt
-from benchmarks.training_problem import Parts, Problem, Stopwatch, draw_lengths
+from benchmarks.training_problem import Parts, Problem, Stopwatch, draw_lengths, read_problem
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import MissingDependencyError
 from cvm_translator.validation.preflight import check_alignment
@@ -62,6 +62,14 @@ def test_a_budget_of_tokens_pads_less(tmp_path: Path) -> None:
     counted = training.run_ours(parts, tmp_path / "counted")
     budgeted = training.run_ours(parts, tmp_path, is_budgeted=True)
     assert budgeted["padding_efficiency"] > max(0.95, counted["padding_efficiency"])
+
+
+def test_a_corpus_that_the_steps_use_up_is_refused() -> None:
+    wanted = vars(Problem("tiny", None, 100, 8, num_steps=3, num_warm_up=2))
+    assert read_problem(Namespace(**wanted)).count_pairs() == 40
+    assert read_problem(Namespace(**wanted | {"num_pairs": 41})).count_pairs() == 41
+    with pytest.raises(BenchmarkError, match="--num-pairs 39: these steps take 40"):
+        read_problem(Namespace(**wanted | {"num_pairs": 39}))
 
 
 def test_the_stopwatch_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,3 +322,24 @@ def test_what_a_run_spent_is_read_from_its_events() -> None:
 )
 def test_operations_of_a_step_are_grouped_by_what_they_do(operation: str, group: str) -> None:
     assert step_profile.find_group(operation) == group
+
+
+def test_budgets_of_tokens_hold_most_text() -> None:
+    lengths = draw_lengths(np.random.default_rng(1), 4000)
+    sizes = batches.measure(lengths, [8, 16])
+    for figures in sizes.values():
+        assert figures[batches.SHUFFLED] < figures[batches.COUNTED] < figures[batches.BUDGETED] < 1
+    assert 8 * 10 < sizes["8"]["batch_tokens"] < 8 * 25
+    assert list(batches.check(sizes).values()) == [[]]
+    poor = {"8": sizes["8"] | {batches.BUDGETED: 0.9}}
+    assert next(iter(batches.check(poor).values())) == [f"{sizes['8']['batch_tokens']} tokens: 90.0%"]
+    data = {"run": "x", "num_pairs": 4000, "mean_tokens": 15.0, "sizes": sizes, "failures": batches.check(sizes)}
+    assert "| 16 " in batches.format_results(data) and batches.plot(sizes).startswith(b"\x89PNG")
+
+
+def test_the_padding_of_plain_batches() -> None:
+    lengths = np.array([[1, 3], [3, 1], [1, 1], [1, 1], [9, 9]])  # with end marks 2, 4; 4, 2; 2, 2; 2, 2
+    alone = batches.measure_shuffled(lengths, 1)
+    assert alone == 1.0
+    together = batches.measure_shuffled(np.array([[1, 3], [3, 1]]), 2)
+    assert together == (2 + 4 + 4 + 2) / (2 * (4 + 4))

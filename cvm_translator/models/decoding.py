@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cvm_translator.models.packing import packed_layers
 from cvm_translator.models.transformer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, CvmTransformer
 from cvm_translator.quantization import TiedEmbedding, convert_with_plan, find_fake_plan
 
@@ -70,18 +71,19 @@ def translate_ids(
     results: list[list[int]] = [[] for _ in sources]
     sentences = max(1, batch_size // beam_size)
     try:
-        for start in range(0, len(order), sentences):
-            if on_batch is not None:
-                on_batch()
-            chosen = order[start : start + sentences]
-            src, src_mask = pad_sources([sources[i] for i in chosen], device)
-            limits = [min(int(max_length_ratio * len(sources[i])) + max_length_extra, longest) for i in chosen]
-            if beam_size == 1:
-                outputs = _greedy(model, src, src_mask, limits)
-            else:
-                outputs = _beam(model, src, src_mask, limits, beam_size, length_penalty)
-            for i, output in zip(chosen, outputs, strict=True):
-                results[i] = output
+        with packed_layers(model):
+            for start in range(0, len(order), sentences):
+                if on_batch is not None:
+                    on_batch()
+                chosen = order[start : start + sentences]
+                src, src_mask = pad_sources([sources[i] for i in chosen], device)
+                limits = [min(int(max_length_ratio * len(sources[i])) + max_length_extra, longest) for i in chosen]
+                if beam_size == 1:
+                    outputs = _greedy(model, src, src_mask, limits)
+                else:
+                    outputs = _beam(model, src, src_mask, limits, beam_size, length_penalty)
+                for i, output in zip(chosen, outputs, strict=True):
+                    results[i] = output
     finally:
         model.train(was_training)
     return results

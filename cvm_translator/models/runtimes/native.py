@@ -14,6 +14,7 @@ from cvm_translator.errors import ModelError
 from cvm_translator.models.decoding import translate_ids
 from cvm_translator.models.description import WEIGHTS_FILE
 from cvm_translator.models.folder import find_model_folder, load_model
+from cvm_translator.models.packing import pack_layers
 from cvm_translator.models.perplexity import measure_reference_losses
 from cvm_translator.models.runtimes.base import Runtime, RuntimeSettings
 
@@ -39,6 +40,7 @@ class NativeRuntime(Runtime):
                     " (in a run: student/float) or leave --precision out"
                 )
             self._model.to(PRECISIONS[settings.precision])
+        pack_layers(self._model)
         self.facts = {
             "format": "safetensors",
             "number_format": loaded.config["number_format"],
