@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks import common, evidence
 from benchmarks.common import BenchmarkError
+from cvm_translator.config import load_config
 from cvm_translator.corpus.batches import BatchSchedule
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.split_file import SplitFile
@@ -38,7 +39,7 @@ SEED = 13
 
 
 def load_lengths(run: Path) -> NDArray[np.int32]:
-    """Of a run's training pairs, (N, 2): tokens of source and target without marks."""
+    """Of the pairs that a run trains on, (N, 2): tokens of source and target without marks."""
     layout = RunLayout(run)
     manifest_path, model = layout.corpus / "manifest.json", layout.tokenizer / MODEL_NAME
     if not (manifest_path.is_file() and model.is_file()):
@@ -46,7 +47,9 @@ def load_lengths(run: Path) -> NDArray[np.int32]:
     manifest = atomic.read_json(manifest_path)
     split = SplitFile(layout.corpus / "train.tsv", manifest["sizes"]["train"], manifest["outputs"]["train.tsv"])
     files = obtain_tokens(split, Tokenizer.load(model), layout.tokenizer / "train_tokens")
-    return DistillationDataset.from_files(files).lengths
+    config = load_config(layout.config)
+    max_length = min(config.teacher.model.max_length, config.student.model.max_length)
+    return DistillationDataset.from_files(files, max_length).lengths
 
 
 def measure(lengths: NDArray[np.integer[Any]], sizes: Sequence[int] = SIZES) -> dict[str, dict[str, float]]:
@@ -87,12 +90,13 @@ def plot(sizes: dict[str, dict[str, float]]) -> bytes:
     for name, colour in COLOURS.items():
         axes.plot(list(sizes), [100 * figures[name] for figures in sizes.values()], marker="o", color=colour)
     axes.axhline(100 * MIN_EFFICIENCY, color=STUDENT, linestyle=":")
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 105)
     axes.set_xlabel("sentences of a batch, on average")
     axes.set_ylabel("text, %")
     axes.set_title("How much of a batch is text")
     handles = [build_handle(colour, marker="o") for colour in COLOURS.values()]
-    add_legend(figure, handles, list(COLOURS))
+    handles.append(build_handle(STUDENT, linestyle=":"))
+    add_legend(figure, handles, [*COLOURS, f"{MIN_EFFICIENCY:.0%}"])
     return to_png(figure)
 
 

@@ -5,7 +5,7 @@ bits), CTranslate2 (float32, int8, int8 with the vocabulary map) and ONNX Runtim
 through `generate`. Each translates the same test sentences greedily in processes that stay loaded, and is timed from
 ids to ids, so tokenizers do not count. Every system is offered the same arrangements of the same cores (see
 `runtime_teams`) and takes what a first round at a batch size finds fastest; then rounds are interleaved, so that a busy
-machine is busy for all, and medians of tokens a second are compared.
+machine is busy for all, a round lasts two seconds at least, and medians of tokens a second are compared.
 
 A vocabulary map's candidates are those of all sentences of a batch, so it gains and loses most in small batches: the
 int8 export is scored with and without it at every batch size that is timed. What is demanded of the deployed model is
@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +61,8 @@ NAME = "decoding"
 NUM_SENTENCES = {1: 150, DEPLOYED_BATCH_SIZE: 512, 64: 640, 128: 1024}
 """Timed sentences by batch size, more where there are many cores."""
 BATCHES_A_CORE = 4
+MIN_SECONDS = 2.0
+"""Of a round's measurement: a fast system goes through the sentences several times."""
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -171,13 +175,20 @@ def measure_batch_size(
             trials[arrangement] = team.time(sources[::2], batch_size)
         best = max(trials, key=lambda arrangement: trials[arrangement])
         team.arrange(best)
+        start = time.monotonic()
         team.time(sources[::4], batch_size)
-        found[name] = {"arrangement": str(best), "trials": {str(key): rate for key, rate in trials.items()}}
+        num_passes = math.ceil(MIN_SECONDS / (4 * (time.monotonic() - start)))
+        found[name] = {
+            "arrangement": str(best),
+            "trials": {str(key): rate for key, rate in trials.items()},
+            "passes": num_passes,
+        }
     rounds: dict[str, list[float]] = {name: [] for name in teams}
     for number in range(num_rounds):
         print(f"batches of {batch_size}: round {number + 1} of {num_rounds}", flush=True)
         for name, team in teams.items():
-            rounds[name].append(team.time(sources, batch_size))
+            passes = [team.time(sources, batch_size) for _ in range(found[name]["passes"])]
+            rounds[name].append(statistics.harmonic_mean(passes))  # the tokens of all over their time
     return {name: found[name] | {"rounds": rates, "median": statistics.median(rates)} for name, rates in rounds.items()}
 
 

@@ -220,7 +220,7 @@ def format_results(data: dict[str, Any]) -> str:
     stored = systems.get(OURS_STORED, {}).get("states_seconds")
     return "\n".join(
         [
-            "# Training",
+            "# Training with a teacher" if problem["teacher"] else "# Training",
             "",
             *evidence.describe_checks(data["failures"]),
             "",

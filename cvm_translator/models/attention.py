@@ -7,7 +7,9 @@ token by token, keys and values are kept in an `AttentionCache` and only the new
 
 Two exceptions. In bfloat16 on a CPU the two products and the softmax are written out, because the backward pass of
 PyTorch's kernel is six to seven times slower there (7.3 ms against 1.1 ms for 32 × 14 tokens, torch 2.13, one Zen 5
-core). And so they are in the self-attention of a decoder with slots while it trains: no kernel averages logits.
+core); few heads without gradients, as decoding a sentence or two has, are left to it, for it takes a seventh of the
+time for 8 heads. And so they are in the self-attention of a decoder with slots while it trains: no kernel averages
+logits.
 
 Shapes: B batch, T target or S source length, D hidden size, H heads, d = D / H.
 """
@@ -24,13 +26,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from cvm_translator.models.slots import SlotCache, average_within_slots, find_self_slots, merge_source
 from cvm_translator.quantization import QuantizableLinear
 
+_FEW_HEADS = 32
+"""Heads of all sentences together, up to which PyTorch's bfloat16 kernel is the faster one on a CPU."""
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
     """softmax(q · k^T / √d) · v for q (B, H, T, d), k and v (B, H, S, d).
 
     A bool mask is True where attention is allowed; a float one is added to the logits.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    are_few = not q.requires_grad and q.shape[0] * q.shape[1] <= _FEW_HEADS
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or are_few:
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
