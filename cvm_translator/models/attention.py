@@ -7,9 +7,8 @@ token by token, keys and values are kept in an `AttentionCache` and only the new
 
 Two exceptions. In bfloat16 on a CPU the two products and the softmax are written out, because the backward pass of
 PyTorch's kernel is six to seven times slower there (7.3 ms against 1.1 ms for 32 × 14 tokens, torch 2.13, one Zen 5
-core); few heads without gradients, as decoding a sentence or two has, are left to it, for it takes a seventh of the
-time for 8 heads. And so they are in the self-attention of a decoder with slots while it trains: no kernel averages
-logits.
+core); a decoding step of few heads is left to it, for it takes a seventh of the time for 8 heads. And so they are in
+the self-attention of a decoder with slots while it trains: no kernel averages logits.
 
 Shapes: B batch, T target or S source length, D hidden size, H heads, d = D / H.
 """
@@ -35,8 +34,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool
 
     A bool mask is True where attention is allowed; a float one is added to the logits.
     """
-    are_few = not q.requires_grad and q.shape[0] * q.shape[1] <= _FEW_HEADS
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or are_few:
+    is_small_step = q.shape[2] == 1 and q.shape[0] * q.shape[1] <= _FEW_HEADS and not q.requires_grad
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or is_small_step:
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

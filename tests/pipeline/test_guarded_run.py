@@ -47,6 +47,11 @@ class Trained:
         return {(e["attempt"], e["step"]): e["quality_score"] for e in self.kind("validation")}
 
     @property
+    def best_before_the_fault(self) -> int:
+        """Which of the first two validations was the better one: both are about as good as the teacher."""
+        return max((10, 20), key=lambda step: self.qualities[1, step])
+
+    @property
     def delivered_quality(self) -> float:
         name = self.outcome.loop.final_checkpoint.removeprefix("checkpoint_")
         step, _, attempt = name.partition(".attempt_")
@@ -95,16 +100,17 @@ def test_a_healthy_run_never_rolls_back(train: Any) -> None:
 
 
 def test_a_learning_rate_of_fifty_times_is_rolled_back_to_the_best(rescued: Trained, find_event_problems: Any) -> None:
-    """The output of step 30 is bad, that of step 20 was best; the same steps on other data then do no harm."""
+    """The output of step 30 is bad; the same steps on other data then do no harm."""
     assert find_event_problems(rescued.events) == []
     (rollback,) = rescued.kind("rollback")
-    assert (rollback["from_step"], rollback["to_step"]) == (30, 20)
+    best = rescued.best_before_the_fault
+    assert (rollback["from_step"], rollback["to_step"]) == (30, best)
     assert (rollback["data_stream"], rollback["learning_rate_factor"]) == (1, 1.0)
     verdict = next(event for event in rescued.kind("verdict") if event["action"] == "roll_back")
     assert verdict["verdict"] in ("degraded", "emergency")
     assert verdict["reason"] == rollback["reason"]
     state = rescued.outcome.loop.state
-    assert (state.step, state.executed_steps, state.attempt) == (40, 50, 2)
+    assert (state.step, state.executed_steps, state.attempt) == (40, 30 + 40 - best, 2)
     assert rescued.outcome.loop.halted is None
 
 
@@ -126,7 +132,9 @@ def test_spikes_of_the_loss_are_found_before_any_validation(train: Any) -> None:
     """The step after a ruinous update has a loss far above the window; three such in a row are an emergency."""
     spiked = train("spiked", fault_injection=RATE_FAULT.replace("num_steps: 10", "num_steps: 2"))
     rollbacks = spiked.kind("rollback")
-    assert [(e["to_step"], e["reason"]) for e in rollbacks] == [(20, "emergency: loss spike in 3 batches in a row")]
+    assert [(e["to_step"], e["reason"]) for e in rollbacks] == [
+        (spiked.best_before_the_fault, "emergency: loss spike in 3 batches in a row")
+    ]
     assert rollbacks[0]["from_step"] < 30
     assert spiked.outcome.loop.state.step == 40
     assert spiked.delivered_quality > 0.95

@@ -187,7 +187,9 @@ def test_ctranslate2_s_own_quantisation_gives_the_same_integers(exports: Any) ->
 def test_an_int8_model_folder_is_exported_as_it_is(exports: Any, tmp_path: Path) -> None:
     from cvm_translator.pipeline.export import ExportRequest, export_model
 
-    request = ExportRequest(exports.student / "int8", "ctranslate2", tmp_path / "out", vocabulary_map=False)
+    request = ExportRequest(
+        exports.student / "int8", "ctranslate2", tmp_path / "out", vocabulary_map=False, max_drop=5.0
+    )
     export_model(request, lambda line: None)
     assert (tmp_path / "out" / "model.bin").read_bytes() == (
         exports.get("ctranslate2", "int8") / "model.bin"
