@@ -1,6 +1,6 @@
 """How much of what batches hold is text, and how much is padding?
 
-The training pairs of a run in four arrangements of batches with as many tokens on average: sentences as they come in a
+The training pairs of a run in three arrangements of batches with as many tokens on average: sentences as they come in a
 shuffled epoch, batches of a number of sentences (`batch_size`, of pools that are sorted by length), and batches of a
 budget of tokens (`batch_tokens`), each over a whole epoch. Efficiency is real tokens over padded positions, end marks
 included, source and target together.
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from benchmarks import common, evidence
 from benchmarks.common import BenchmarkError
+from benchmarks.training_problem import find_budget
 from cvm_translator.config import load_config
 from cvm_translator.corpus.batches import BatchSchedule
+from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.dataset import DistillationDataset
-from cvm_translator.corpus.split_file import SplitFile
 from cvm_translator.corpus.tokenizer import MODEL_NAME, Tokenizer
 from cvm_translator.corpus.tokens import obtain_tokens
 from cvm_translator.observe.plot_style import BAD, STUDENT, TASK, add_legend, build_figure, build_handle, styled, to_png
@@ -41,12 +42,10 @@ SEED = 13
 def load_lengths(run: Path) -> NDArray[np.int32]:
     """Of the pairs that a run trains on, (N, 2): tokens of source and target without marks."""
     layout = RunLayout(run)
-    manifest_path, model = layout.corpus / "manifest.json", layout.tokenizer / MODEL_NAME
-    if not (manifest_path.is_file() and model.is_file()):
+    model = layout.tokenizer / MODEL_NAME
+    if not ((layout.corpus / "manifest.json").is_file() and model.is_file()):
         raise BenchmarkError(f"--run {run} has no corpus and tokenizer: name a run that got past its tokenizer")
-    manifest = atomic.read_json(manifest_path)
-    split = SplitFile(layout.corpus / "train.tsv", manifest["sizes"]["train"], manifest["outputs"]["train.tsv"])
-    files = obtain_tokens(split, Tokenizer.load(model), layout.tokenizer / "train_tokens")
+    files = obtain_tokens(load_split(layout.corpus, "train"), Tokenizer.load(model), layout.tokenizer / "train_tokens")
     config = load_config(layout.config)
     max_length = min(config.teacher.model.max_length, config.student.model.max_length)
     return DistillationDataset.from_files(files, max_length).lengths
@@ -56,7 +55,7 @@ def measure(lengths: NDArray[np.integer[Any]], sizes: Sequence[int] = SIZES) -> 
     """Efficiency of each arrangement by sentences a batch, and the budget of tokens that is as large on average."""
     found: dict[str, dict[str, float]] = {}
     for size in sizes:
-        budget = round(size * float((lengths.max(axis=1) + 1).mean()))
+        budget = find_budget(lengths, size)
         found[str(size)] = {
             "batch_tokens": budget,
             SHUFFLED: measure_shuffled(lengths, size),

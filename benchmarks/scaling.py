@@ -29,8 +29,8 @@ from benchmarks import common, evidence
 from benchmarks.common import PROGRAM, Arm, BenchmarkError
 from benchmarks.machine import describe_machine, read_machine
 from cvm_translator.corpus.batches import BatchSchedule
+from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.dataset import DistillationDataset
-from cvm_translator.corpus.split_file import SplitFile
 from cvm_translator.corpus.tokenizer import MODEL_NAME, Tokenizer
 from cvm_translator.corpus.tokens import obtain_tokens
 from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK
@@ -154,9 +154,11 @@ def _read_run(layout: RunLayout, start: float) -> dict[str, float]:
 
 def _hand_out(layout: RunLayout) -> dict[str, float]:
     """Time that choosing and padding a batch takes, and that an epoch's order takes, both without any training."""
-    manifest = atomic.read_json(layout.corpus / "manifest.json")
-    split = SplitFile(layout.corpus / "train.tsv", manifest["sizes"]["train"], manifest["outputs"]["train.tsv"])
-    files = obtain_tokens(split, Tokenizer.load(layout.tokenizer / MODEL_NAME), layout.tokenizer / "train_tokens")
+    files = obtain_tokens(
+        load_split(layout.corpus, "train"),
+        Tokenizer.load(layout.tokenizer / MODEL_NAME),
+        layout.tokenizer / "train_tokens",
+    )
     dataset = DistillationDataset.from_files(files)
     start = time.perf_counter()
     batches = BatchSchedule(dataset.lengths, BATCH_SIZE, seed=5)

@@ -39,6 +39,7 @@ from benchmarks.training_problem import (
     Problem,
     Stopwatch,
     add_problem_options,
+    find_budget,
     read_problem,
 )
 from cvm_translator.checkpoints.store import CheckpointStore
@@ -121,8 +122,7 @@ def run_ours(
         figures["states_seconds"] = time.perf_counter() - start
     loss = DistillationLoss(TEMPERATURE, ALPHA if parts.teacher else 0.0, BETA if parts.teacher else 1.0)
     total = problem.num_steps + problem.num_warm_up
-    mean_length = float(parts.dataset.lengths.max(axis=1).mean()) + 1
-    budget = round(problem.batch_size * mean_length) if is_budgeted else None
+    budget = find_budget(parts.dataset.lengths, problem.batch_size) if is_budgeted else None
     settings = TrainingConfig(
         num_iterations=total,
         batch_size=problem.batch_size,

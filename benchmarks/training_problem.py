@@ -69,6 +69,11 @@ def draw_lengths(generator: np.random.Generator, count: int) -> np.ndarray:
     return np.stack([sources, targets], axis=1).clip(SHORTEST, LONGEST).astype(int)
 
 
+def find_budget(lengths: np.ndarray, num_sentences: int) -> int:
+    """Padded tokens a side of as many sentences on average; lengths (N, 2) without marks."""
+    return round(num_sentences * float((lengths.max(axis=1) + 1).mean()))
+
+
 def build_model(preset: str, vocabulary: int, seed: int) -> CvmTransformer:
     model = CvmTransformer(ModelConfig.model_validate(preset), vocabulary)
     init_random(model, seed)

@@ -1,8 +1,8 @@
 """Float layers whose weights are laid out as oneDNN's matrix products like them best, for decoding on a CPU.
 
 PyTorch hands a layer's weights to oneDNN or MKL as they are, and few rows, as decoding has, do not pay for putting them
-in order. In order once, products of 1 to 128 rows take 0.5 to 0.9 of the time (torch 2.13, one Zen 4 core: 32 rows of
-512 × 32,000 in float32 11.4 instead of 21.5 ms, a row of them in bfloat16 2.4 instead of 4.0 ms).
+in order. In order once, most products of 1 to 128 rows take 0.5 to 0.95 of the time (torch 2.13, one Zen 4 core: 32
+rows of 512 × 32,000 in float32 11.4 instead of 21.5 ms, a row of them in bfloat16 2.4 instead of 4.0 ms).
 
 Guarantees: the same products up to the rounding of sums; the layers that are put aside come back unchanged, whatever
 happens meanwhile. Layers that are rounded as they compute, that another device or type holds, or that would not gain

@@ -188,7 +188,7 @@ def test_an_int8_model_folder_is_exported_as_it_is(exports: Any, tmp_path: Path)
     from cvm_translator.pipeline.export import ExportRequest, export_model
 
     request = ExportRequest(
-        exports.student / "int8", "ctranslate2", tmp_path / "out", vocabulary_map=False, max_drop=5.0
+        exports.student / "int8", "ctranslate2", tmp_path / "out", vocabulary_map=False, max_drop=1.0
     )
     export_model(request, lambda line: None)
     assert (tmp_path / "out" / "model.bin").read_bytes() == (
