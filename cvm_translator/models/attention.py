@@ -134,6 +134,10 @@ class SourceView(NamedTuple):
     mask: Tensor | None
     """For `attend`: (B, 1, 1, S), True at real tokens, or what is added to the logits, (B, H, 1, S)."""
 
+    def contiguous(self) -> SourceView:
+        """The same in memory of its own, which products of every step would copy it to otherwise."""
+        return SourceView(self.keys.contiguous(), self.values.contiguous(), self.mask)
+
     def select(self, sources: Tensor) -> SourceView:
         """Keep the given sources, in the given order."""
         mask = None if self.mask is None else self.mask.index_select(0, sources)

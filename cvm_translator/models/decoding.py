@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cvm_translator.models.packing import packed_layers
-from cvm_translator.models.transformer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, CvmTransformer
+from cvm_translator.models.packing import PackedEmbedding, packed_layers
+from cvm_translator.models.transformer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, CvmTransformer, DecoderState
 from cvm_translator.quantization import TiedEmbedding, convert_with_plan, find_fake_plan
 
 COMPACT_BELOW = 0.75
@@ -98,11 +98,28 @@ def pad_sources(sources: Sequence[Sequence[int]], device: torch.device | str) ->
     return src.to(device), mask.to(device)
 
 
+_FORBIDDEN = [BOS_ID, PAD_ID, UNK_ID]
+
+
 def forbid_specials(logits: Tensor) -> Tensor:
     """Make bos, pad and unk impossible, in place."""
-    for index in (BOS_ID, PAD_ID, UNK_ID):
+    for index in _FORBIDDEN:
         logits[:, index] = -math.inf
     return logits
+
+
+def _choose(model: CvmTransformer, hidden: Tensor, state: DecoderState) -> Tensor:
+    """The best tokens (R,) after hidden states (R, D)."""
+    embedding: nn.Module = model.embedding
+    screen = embedding.find_screen(len(hidden)) if isinstance(embedding, PackedEmbedding) else None
+    if screen is not None:
+        chosen = screen.choose(hidden, _FORBIDDEN)
+        if None not in chosen:
+            return torch.tensor(chosen)
+    logits = forbid_specials(model.embedding.project(hidden, state.matrix))
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.float().numpy().argmax(-1))  # in a tenth of the time that PyTorch takes for it
 
 
 def _greedy(model: CvmTransformer, src: Tensor, src_mask: Tensor, limits: list[int]) -> list[list[int]]:
@@ -112,7 +129,7 @@ def _greedy(model: CvmTransformer, src: Tensor, src_mask: Tensor, limits: list[i
     tokens = torch.full((len(rows),), EOS_ID, device=src.device)
     is_open = [True] * len(rows)
     while any(is_open):
-        tokens = forbid_specials(model.step(tokens, state)).argmax(-1)
+        tokens = _choose(model, model.advance(tokens, state), state)
         for row, token in enumerate(tokens.tolist()):  # a sync point, once a step
             if is_open[row]:
                 output = outputs[rows[row]]

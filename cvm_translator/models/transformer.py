@@ -202,18 +202,23 @@ class CvmTransformer(nn.Module):
     def start(self, memory: Tensor, src_mask: Tensor, beam_size: int = 1) -> DecoderState:
         """The state before the first token, for `beam_size` consecutive rows per source."""
         mask, rows = _attention_mask(src_mask), memory.shape[0] * beam_size
-        sources = [layer.cross_attention.project_memory(memory, mask) for layer in self._decoder()]
+        sources = [layer.cross_attention.project_memory(memory, mask).contiguous() for layer in self._decoder()]
         layers = zip(self._decoder(), sources, strict=True)
         caches = [layer.attention.build_cache(rows, source.keys) for layer, source in layers]
         return DecoderState(caches, sources, self.embedding.decoding_matrix())
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """The logits (R, V) after one more token of each row, tokens (R,); moves the state on."""
+        return self.embedding.project(self.advance(tokens, state), state.matrix)
+
+    def advance(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """What `step` projects to logits, (R, D)."""
         x = self.embedding.embed(tokens, state.matrix) * math.sqrt(self.config.dim) + self.positions[state.length]
         for layer, cache, source in zip(self._decoder(), state.caches, state.sources, strict=True):
             x = layer.step(x, cache, source)
         state.length += 1
-        return self.embedding.project(self.decoder_norm(x), state.matrix)
+        hidden: Tensor = self.decoder_norm(x)
+        return hidden
 
 
 def _attention_mask(src_mask: Tensor) -> Tensor | None:
