@@ -6,10 +6,12 @@ where and what to do; what may be meant that way (a poor teacher, a lopsided los
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
 import shutil
+import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,13 +54,23 @@ class PreflightWarning:
 # ------------------------------------------------------------------------------------------------------- alignment
 
 
+@functools.cache
+def _combining_marks() -> re.Pattern[str]:
+    return re.compile(f"[{''.join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.combining(c))}]+")
+
+
 def find_anchors(text: str) -> frozenset[str]:
     """What a text has in common with its translation: numbers, placeholders, related words and names."""
     placeholders = PLACEHOLDER.findall(text)
     plain = unicodedata.normalize("NFKD", PLACEHOLDER.sub(" ", text)).casefold()
-    plain = "".join(character for character in plain if not unicodedata.combining(character))
+    if not plain.isascii():
+        plain = _combining_marks().sub("", plain)
     words = re.findall(r"[^\W\d_]{4,}", plain)
     return frozenset([*placeholders, *re.findall(r"\d+", plain), *(word[:4] for word in words)])
+
+
+def _length(text: str) -> float:
+    return math.log(len(text) + 3.0)
 
 
 class _Pairs:
@@ -66,29 +78,31 @@ class _Pairs:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
-        self._anchors: dict[tuple[int, int], frozenset[str]] = {}
+        self._known: dict[tuple[int, int], tuple[float, frozenset[str]]] = {}
         self.sample = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), MAX_SAMPLED_PAIRS)).astype(np.int64))
         """Places of pairs all over the corpus."""
-        self.source_lengths, self.target_lengths = (self._lengths(side, self.sample) for side in (0, 1))
+        lengths = [
+            (_length(pair.source), _length(pair.target)) for pair in map(pairs.__getitem__, self.sample.tolist())
+        ]
+        self.source_lengths, self.target_lengths = np.array(lengths).T
         self.usual_ratio = float(np.median(self.target_lengths - self.source_lengths))
 
-    def _lengths(self, side: int, places: np.ndarray) -> FloatArray:
-        return np.log([len(self._pairs[index][side]) + 3.0 for index in places.tolist()])
-
-    def _find_anchors(self, side: int, index: int) -> frozenset[str]:
-        if (side, index) not in self._anchors:
-            self._anchors[side, index] = find_anchors(self._pairs[index][side])
-        return self._anchors[side, index]
+    def _look_at(self, side: int, index: int) -> tuple[float, frozenset[str]]:
+        """Length and anchors of one text."""
+        if (side, index) not in self._known:
+            text = self._pairs[index][side]
+            self._known[side, index] = _length(text), find_anchors(text)
+        return self._known[side, index]
 
     def forget(self) -> None:
-        """Of the texts read so far."""
-        self._anchors.clear()
+        """The texts read so far."""
+        self._known.clear()
 
     def likeness(self, rows: np.ndarray, columns: np.ndarray) -> FloatArray:
-        differences = self._lengths(1, columns) - self._lengths(0, rows) - self.usual_ratio
-        shared = []
+        differences, shared = [], []
         for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-            mine, theirs = self._find_anchors(0, row), self._find_anchors(1, column)
+            (source_length, mine), (target_length, theirs) = self._look_at(0, row), self._look_at(1, column)
+            differences.append(target_length - source_length - self.usual_ratio)
             shared.append(len(mine & theirs) / max(1, min(len(mine), len(theirs))))
         return np.asarray(0.5 * np.exp(-2.0 * np.abs(differences)) + 0.5 * np.asarray(shared), dtype=np.float64)
 
