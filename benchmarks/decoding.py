@@ -125,6 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         scores = score(teams, scored, sizes, len(cores), load_model_config(layout.student / "float")["target_language"])
     return {
         "run": options.run.resolve().name,
+        "num_parameters": _count_weights(layout.student / "float") / 4,
         "machine": machine,
         "num_rounds": options.rounds,
         "batch_sizes": sizes,
@@ -245,6 +246,7 @@ def main() -> int:
     parser = common.build_plain_parser("Time a run's student in each runtime.")
     parser.add_argument("--run", type=Path, default=Path("distillation_output"), metavar="RUN_DIR")
     parser.add_argument("--work", type=Path, default=common.RESULTS / "work" / NAME, help="folder of the exports")
+    parser.add_argument("--name", default=NAME, help="of the results: another student's shall not replace them")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(NUM_SENTENCES), metavar="B")
     parser.add_argument("--share", type=float, default=1.0, help="of the timed sentences, for a quick look")
@@ -253,7 +255,7 @@ def main() -> int:
     options = parser.parse_args()
     data = measure(options)
     data["failures"] = find_failures(data)
-    return evidence.conclude(options.results, NAME, data, format_results(data))
+    return evidence.conclude(options.results, options.name, data, format_results(data))
 
 
 if __name__ == "__main__":

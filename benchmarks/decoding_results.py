@@ -145,7 +145,7 @@ def format_results(data: Mapping[str, Any]) -> str:
     asked = [[claim.text, *(claim.format_cell(size) for size in data["batch_sizes"])] for claim in claims]
     return "\n".join(
         [
-            "# Decoding",
+            f"# Decoding a student of {data['num_parameters'] / 1e6:.1f} million parameters",
             "",
             describe_conditions(data),
             "",

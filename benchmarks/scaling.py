@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.corpus.tokenizer import MODEL_NAME, Tokenizer
 from cvm_translator.corpus.tokens import obtain_tokens
 from cvm_translator.errors import EXIT_GATE_FAILED, EXIT_OK
+from cvm_translator.observe.plot_style import STUDENT, build_figure, styled, to_png
 from cvm_translator.runs import atomic
 from cvm_translator.runs.events import read_events
 from cvm_translator.runs.layout import RunLayout
@@ -241,11 +243,28 @@ def format_results(data: dict[str, Any]) -> str:
     )
 
 
+@styled
+def plot(sizes: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Time a step and memory of the trainer by the size of the corpus."""
+    figure, panels = build_figure(1, 2, 7.2, 3.2)
+    pairs = [int(size) for size in sizes]
+    for axes, name, label in zip(panels, ("step_ms", "trainer_mib"), ("ms a step", "MiB of the trainer"), strict=True):
+        axes.plot(pairs, [figures[name] for figures in sizes.values()], marker="o", color=STUDENT)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(pairs, [f"{size / 1e6:g} M" if size >= 1e6 else f"{size:,}" for size in pairs])
+        axes.set_ylim(0, 1.15 * max(figures[name] for figures in sizes.values()))
+        axes.set_xlabel("sentence pairs")
+        axes.set_title(label)
+    return to_png(figure)
+
+
 def main() -> int:
     parser = common.build_plain_parser("Measure what grows with the corpus.")
     parser.add_argument("--run", type=Path, required=True, help="run folder that lends its words and tokenizer")
     parser.add_argument("--work", type=Path, default=Path("scaling"), help="folder on a disk with room")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N")
+    parser.add_argument("--plot", type=Path, default=common.REPOSITORY / "docs" / "images" / "scaling.png")
     options = parser.parse_args()
     run = RunLayout(options.run.absolute())
     for needed in (run.corpus / "train.tsv", run.tokenizer / MODEL_NAME):
@@ -268,6 +287,7 @@ def main() -> int:
         "sizes": {str(size): figures for size, figures in chosen.items()},
         "failures": check(chosen),
     }
+    atomic.write_bytes(options.plot, plot(data["sizes"]))
     return evidence.conclude(options.results, NAME, data, format_results(data))
 
 

@@ -60,6 +60,7 @@ from cvm_translator.training.state import seed_everything
 from cvm_translator.training.utilisation import StepCost, measure_peak
 
 NAME = "training"
+CPU = torch.device("cpu")
 OURS, OURS_BUDGETED, OURS_STORED = "ours", "ours, batch_tokens", "ours, stored states"
 AS_IT_COMES, TUNED = "Seq2SeqTrainer", "Seq2SeqTrainer, bf16, group_by_length"
 JOEYNMT = "Joey NMT"
@@ -106,10 +107,12 @@ def run_ours(
     stored: type[TeacherStates] | None = None,
     losses: list[float] | None = None,
     is_budgeted: bool = False,
+    device: torch.device = CPU,
 ) -> dict[str, float]:
     """The product's own loop, checkpoints and validations left out; each step's loss is added to `losses`.
 
-    `is_budgeted`: batches of as many padded tokens as the wanted number of sentences has on average.
+    `is_budgeted`: batches of as many padded tokens as the wanted number of sentences has on average. `device`: where
+    the models of `parts` are.
     """
     problem, tokens = parts.problem, list[int]()
     watch = Stopwatch(problem.num_warm_up)
@@ -118,7 +121,7 @@ def run_ours(
     if stored is not None and parts.teacher is not None:
         start = time.perf_counter()
         states = stored(folder, parts.teacher, "benchmark", parts.dataset)
-        states.make(parts.teacher, partial(build_autocast, "bfloat16", torch.device("cpu")), lambda: None)
+        states.make(parts.teacher, partial(build_autocast, "bfloat16", device), lambda: None)
         figures["states_seconds"] = time.perf_counter() - start
     loss = DistillationLoss(TEMPERATURE, ALPHA if parts.teacher else 0.0, BETA if parts.teacher else 1.0)
     total = problem.num_steps + problem.num_warm_up
@@ -131,7 +134,6 @@ def run_ours(
         learning_rate=1e-4,
         checkpoint_every_steps=10 * total,
     )
-    device = torch.device("cpu")
     batches = BatchSchedule(parts.dataset.lengths, problem.batch_size, seed=5, batch_tokens=budget)
     cost = StepCost(parts.student, parts.teacher, states is not None, measure_peak(settings.precision, device))
     seed_everything(7)

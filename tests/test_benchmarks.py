@@ -274,6 +274,7 @@ def test_growth_that_is_too_much_is_told() -> None:
     assert not any(good.values())
     bad = scaling.check({10: figures, 100: {"start_seconds": 40.0, "step_ms": 20.0}})
     assert list(bad.values()) == [["100 pairs: 40 s"], ["2.00 times"]]
+    assert scaling.plot({"10": figures | {"trainer_mib": 900.0}}).startswith(b"\x89PNG")
 
 
 def make_events(seconds: float) -> list[dict[str, Any]]:

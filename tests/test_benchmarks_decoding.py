@@ -24,6 +24,7 @@ def make_decoding(**rates: float) -> dict[str, Any]:
     found = {system.name: rates.get(system.name, 100.0) for system in SYSTEMS}
     return {
         "run": "my_run",
+        "num_parameters": 2.5e6,
         "machine": {"processor": "P", "cores": [0, 3], "load_at_start": 0.1, "ct2_isa": "AVX512", "libraries": {}},
         "num_rounds": 5,
         "batch_sizes": SIZES,
