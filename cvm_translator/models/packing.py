@@ -49,13 +49,14 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self._plain = embedding.weight.detach()
         self._packed = PackedLinear(self._plain, None)
+        self._may_screen = can_screen(self._plain)
         self._screen: OutputScreen | None = None
         self._num_small = 0
 
     def find_screen(self, num_rows: int) -> OutputScreen | None:
         """What finds the best tokens of so few hidden states faster than `project`, once they are asked for so often
         that making it pays."""
-        if num_rows > MAX_ROWS or not can_screen(self._plain):
+        if num_rows > MAX_ROWS or not self._may_screen:
             return None
         self._num_small += 1
         if self._screen is None and self._num_small > _SCREEN_AFTER:
