@@ -42,7 +42,8 @@ from benchmarks.training_problem import (
     find_budget,
     read_problem,
 )
-from cvm_translator.checkpoints.store import CheckpointStore
+from cvm_translator.checkpoints.folder import LoadedCheckpoint
+from cvm_translator.checkpoints.store import CheckpointStore, SavedCheckpoint, checkpoint_name
 from cvm_translator.config.model_presets import MODEL_PRESETS
 from cvm_translator.config.schema import GuardConfig, ModelConfig, TrainingConfig
 from cvm_translator.corpus.batches import BatchSchedule
@@ -100,25 +101,37 @@ class _CountingEvents(EventWriter):
         super().buffer(kind, **fields)
 
 
+class _Forgetful(CheckpointStore):
+    """Keeps nothing: what is measured are steps."""
+
+    def save(self, step: int, attempt: int, **_: Any) -> SavedCheckpoint:
+        return SavedCheckpoint(self.directory / checkpoint_name(step, attempt), 0, 0.0)
+
+    def load(self, checkpoint: str | Path) -> LoadedCheckpoint:
+        path = self.directory / checkpoint
+        return LoadedCheckpoint(path, int(path.name.removeprefix("checkpoint_")), 1, True, {}, {}, {})
+
+
 def run_ours(
     parts: Parts,
     folder: Path,
     *,
-    stored: type[TeacherStates] | None = None,
+    stored: type[TeacherStates] | TeacherStates | None = None,
     losses: list[float] | None = None,
     is_budgeted: bool = False,
+    is_compiled: bool = False,
     device: torch.device = CPU,
 ) -> dict[str, float]:
     """The product's own loop, checkpoints and validations left out; each step's loss is added to `losses`.
 
-    `is_budgeted`: batches of as many padded tokens as the wanted number of sentences has on average. `device`: where
-    the models of `parts` are.
+    `stored`: states of the teacher that are there, or how to make them. `is_budgeted`: batches of as many padded tokens
+    as the wanted number of sentences has on average. `device`: where the models of `parts` are.
     """
     problem, tokens = parts.problem, list[int]()
     watch = Stopwatch(problem.num_warm_up)
     figures: dict[str, float] = {}
-    states: TeacherStates | None = None
-    if stored is not None and parts.teacher is not None:
+    states = stored if isinstance(stored, TeacherStates) else None
+    if isinstance(stored, type) and parts.teacher is not None:
         start = time.perf_counter()
         states = stored(folder, parts.teacher, "benchmark", parts.dataset)
         states.make(parts.teacher, partial(build_autocast, "bfloat16", device), lambda: None)
@@ -148,11 +161,12 @@ def run_ours(
                 dataset=parts.dataset,
                 batches=batches,
                 read_stored=None if states is None else states.read,
-                store=CheckpointStore(folder / "checkpoints", 2, report=lambda _: None),
+                store=_Forgetful(folder / "checkpoints", 2, report=lambda _: None),
                 events=events,
                 judge=Content(),
                 stop=StopRequest(),
                 device=device,
+                is_compiled=is_compiled,
                 validate_every_steps=10 * total,
                 heartbeat=_StepWatch(watch, tokens),
                 cost=cost,

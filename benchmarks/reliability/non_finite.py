@@ -68,6 +68,9 @@ class SpoiltObjective:
         parts: LossParts = self.objective(batch, num_tokens)
         return parts._replace(total=self.spoil(parts.total))
 
+    def compile(self) -> None:
+        self.objective.compile()
+
 
 @contextmanager
 def spoilt_loss(loop: TrainingLoop, factor: float) -> Iterator[None]:

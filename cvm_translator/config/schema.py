@@ -554,6 +554,9 @@ class RunConfig(Settings):
     """Threads of the arithmetic; default: all cores. Recorded, since a bit-exact resume needs the same number."""
     deterministic: bool = False
     """On CUDA: only deterministic kernels, so that a resume is bit-exact."""
+    compile: Literal["auto"] | bool = "auto"
+    """Train through PyTorch's compiler, which takes a minute at each start. auto: on CUDA, in loops of at least 1,000
+    steps; it was measured to gain there, and not on CPUs."""
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     teacher: TeacherConfig = TeacherConfig()

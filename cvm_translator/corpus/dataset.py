@@ -163,19 +163,15 @@ class DistillationDataset:
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The pairs at `indices`, in that order, padded to the longest."""
-        lengths = self.lengths[np.asarray(indices)] + 1
-        num_rows, (source_end, target_end) = len(lengths), lengths.max(axis=0).tolist()
-        src = np.full((num_rows, source_end), PAD_ID, dtype=np.int64)
-        tgt_in = np.full((num_rows, target_end), PAD_ID, dtype=np.int64)
-        tgt_out = np.full((num_rows, target_end), PAD_ID, dtype=np.int64)
+        places = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[places] + 1
+        source_end, target_end = lengths.max(axis=0).tolist()
+        src = _pad(self._source, self.kept[places], lengths[:, 0], source_end)
+        tgt_out = _pad(self._target, self.kept[places], lengths[:, 1], target_end)
+        tgt_in = np.full_like(tgt_out, PAD_ID)
         tgt_in[:, 0] = EOS_ID
-        for row, index in enumerate(indices):
-            source, target = self[int(index)]
-            src[row, : len(source)] = source
-            src[row, len(source)] = EOS_ID
-            tgt_in[row, 1 : len(target) + 1] = target
-            tgt_out[row, : len(target)] = target
-            tgt_out[row, len(target)] = EOS_ID
+        is_before_end = np.arange(1, target_end) < lengths[:, 1:]
+        tgt_in[:, 1:][is_before_end] = tgt_out[:, :-1][is_before_end]
         src_mask = np.arange(source_end) < lengths[:, :1]
         return Batch(
             torch.from_numpy(src),
@@ -183,8 +179,17 @@ class DistillationDataset:
             torch.from_numpy(tgt_in),
             torch.from_numpy(tgt_out),
             lengths,
-            np.asarray(indices, dtype=np.int64),
+            places,
         )
+
+
+def _pad(side: Side, places: NDArray[np.int64], lengths: NDArray[np.int32], end: int) -> NDArray[np.int64]:
+    """(B, end) ids of the sentences at `places`, each with its end mark, of `lengths` with it, and padding."""
+    columns = np.arange(end)
+    rows = np.where(columns < lengths[:, None], EOS_ID, PAD_ID)
+    is_token = columns < lengths[:, None] - 1
+    rows[is_token] = side.tokens[(side.offsets[places][:, None] + columns)[is_token]]
+    return rows
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> Side:

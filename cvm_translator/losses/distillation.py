@@ -31,14 +31,17 @@ import torch
 from torch import Tensor
 
 from cvm_translator.config.schema import DivergenceName
+from cvm_translator.kernels import can_run_on
 from cvm_translator.losses.divergences import DIVERGENCES
 from cvm_translator.losses.top_targets import TopTargets
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 """Logits handled together, by device type; 1 MiB of float32 on a CPU."""
 _DEFAULT_BLOCK_ELEMENTS = 1 << 26
-_CHUNK_ELEMENTS = 1 << 25
-"""Logits of one chunk of tokens: 64 MiB of bfloat16. Smaller ones would add up the matrix's gradient more often."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 25}
+"""Logits of one chunk of tokens, by device type: 64 MiB of bfloat16 on a CPU. Smaller ones would add up the matrix's
+gradient more often."""
+_DEFAULT_CHUNK_ELEMENTS = 1 << 27
 _BALANCE_ELEMENTS = 1 << 22
 """Logits that `compute_gradient_ratio` handles together: some 16 MiB tensors of float32."""
 
@@ -65,6 +68,10 @@ def _to_product_type(values: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device_type) and values.dtype != torch.float64:
         return values.to(torch.get_autocast_dtype(device_type))
     return values
+
+
+def _chunk_rows(matrix: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS.get(matrix.device.type, _DEFAULT_CHUNK_ELEMENTS) // matrix.shape[0])
 
 
 def _block_rows(logits: Tensor) -> int:
@@ -107,7 +114,7 @@ class _TaskAndDistillation(torch.autograd.Function):
         grad_matrix: Tensor | None = None
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in _slices(hidden.shape[0], max(1, _CHUNK_ELEMENTS // matrix.shape[0])):
+            for chunk in _slices(hidden.shape[0], _chunk_rows(matrix)):
                 logits = hidden[chunk] @ matrix.t()
                 known = None if teacher is None else teacher[chunk]
                 parts += _write_gradients(settings, logits, targets[chunk], known)
@@ -141,6 +148,8 @@ def _write_gradients(
     settings: DistillationLoss, logits: Tensor, targets: Tensor, teacher: Tensor | TopTargets | None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The sums of each block of a chunk's rows, and the gradient written over its logits."""
+    if can_run_on(logits) and logits.dtype != torch.float64 and not isinstance(teacher, TopTargets):
+        return [settings.write_gradient_in_one_kernel(logits, targets, teacher)]
     return [
         settings.write_gradient(logits[rows], targets[rows], None if teacher is None else teacher[rows])
         for rows in _slices(logits.shape[0], _block_rows(logits))
@@ -248,6 +257,23 @@ class DistillationLoss:
             gradient = probs.mul_(self.beta) if gradient is None else gradient.add_(probs, alpha=self.beta)
         logits.copy_(gradient) if gradient is not None else logits.zero_()
         return distillation, task, num_correct
+
+    def write_gradient_in_one_kernel(
+        self, logits: Tensor, targets: Tensor, teacher: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same on a CUDA device with Triton."""
+        from cvm_translator.kernels.loss import write_gradient
+
+        return write_gradient(
+            logits,
+            targets,
+            teacher,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            beta=self.beta,
+            smoothing=self.label_smoothing,
+        )
 
     def _distil(
         self, student: Tensor, probs: Tensor, log_sum: Tensor, teacher: Tensor | TopTargets

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from cvm_translator.kernels import can_run_on
 from cvm_translator.models.slots import SlotCache, average_within_slots, find_self_slots, merge_source
 from cvm_translator.quantization import QuantizableLinear
 
@@ -34,6 +35,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool
 
     A bool mask is True where attention is allowed; a float one is added to the logits.
     """
+    if can_run_on(q) and q.shape[2] > 1:
+        from cvm_translator.kernels.attention import attend_briefly, can_attend
+
+        if can_attend(q, k, mask):
+            return attend_briefly(q, k, v, mask, causal=causal)
     is_small_step = q.shape[2] == 1 and q.shape[0] * q.shape[1] <= _FEW_HEADS and not q.requires_grad
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or is_small_step:
         if mask is not None and mask.dtype != torch.bool:

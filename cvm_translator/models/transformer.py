@@ -222,7 +222,8 @@ class CvmTransformer(nn.Module):
 
 
 def _attention_mask(src_mask: Tensor) -> Tensor | None:
-    """(B, 1, 1, S), or None where nothing is padded (asked on the CPU only: elsewhere it would be a sync point)."""
-    if src_mask.device.type == "cpu" and bool(src_mask.all()):
+    """(B, 1, 1, S), or None where nothing is padded (asked on the CPU only: elsewhere it would be a sync point, and a
+    compiler could not go on)."""
+    if src_mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(src_mask.all()):
         return None
     return src_mask[:, None, None, :]

@@ -36,7 +36,7 @@ from cvm_translator.pipeline.preflight import describe_preflight, needed_run_byt
 from cvm_translator.pipeline.teacher import Teacher
 from cvm_translator.pipeline.text import Corpus
 from cvm_translator.teachers.states import StoredTeacher, TeacherStates, TeacherTopTargets
-from cvm_translator.training.device import build_autocast, uses_bfloat16
+from cvm_translator.training.device import build_autocast, is_compiled, uses_bfloat16
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.resume import delivered_weights
@@ -137,6 +137,7 @@ def _run_loop(
             heartbeat=context.heartbeat,
             control=context.control,
             device=context.device,
+            is_compiled=is_compiled(context.config.compile, settings.num_iterations, context.device),
             num_threads=context.config.num_threads,
             validate_every_steps=config.validation.every_steps,
             cost=StepCost(student, asked, stored is not None, measure_peak(settings.precision, context.device)),

@@ -30,6 +30,7 @@ from cvm_translator.pipeline.parts import (
 from cvm_translator.pipeline.preflight import check_room, needed_disk_bytes
 from cvm_translator.pipeline.text import Corpus
 from cvm_translator.runs import atomic
+from cvm_translator.training.device import is_compiled
 from cvm_translator.training.loop import TrainingLoop
 from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.resume import delivered_weights
@@ -174,6 +175,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             heartbeat=context.heartbeat,
             control=context.control,
             device=context.device,
+            is_compiled=is_compiled(context.config.compile, config.training.num_iterations, context.device),
             num_threads=context.config.num_threads,
             validate_every_steps=config.training.validate_every_steps,
         )

@@ -70,10 +70,7 @@ class _Lookups(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total = grads[0].contiguous()
         for ids, rows in zip(ctx.saved_tensors, grads[1:], strict=True):
-            if total.device.type == "cpu":
-                total.index_add_(0, ids.flatten(), rows.flatten(0, -2))
-            else:  # index_add_ adds in any order there
-                total.index_put_((ids.flatten(),), rows.flatten(0, -2), accumulate=True)
+            total.index_add_(0, ids.flatten(), rows.flatten(0, -2))  # in any order on a GPU, unless told otherwise
         return total, *(None for _ in ctx.saved_tensors)
 
 

@@ -7,11 +7,15 @@ import functools
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from cvm_translator.errors import ConfigError
+from cvm_translator.kernels import HAS_COMPILER, HAS_TRITON
+
+MIN_COMPILED_STEPS = 1000
+"""Fewer do not earn back the minute that compiling takes."""
 
 
 def build_device(name: str) -> torch.device:
@@ -37,6 +41,21 @@ def build_autocast(precision: str, device: torch.device) -> contextlib.AbstractC
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether a precision setting means bfloat16 products on this device."""
     return precision == "bfloat16" or (precision == "auto" and has_native_bfloat16(device))
+
+
+def is_compiled(setting: Literal["auto"] | bool, num_iterations: int, device: torch.device) -> bool:
+    """Whether a loop runs through PyTorch's compiler (`RunConfig.compile`).
+
+    Raises ConfigError where it is asked for and cannot be had.
+    """
+    is_possible = HAS_TRITON if device.type == "cuda" else HAS_COMPILER
+    if setting is True and not is_possible:
+        raise ConfigError(
+            "compile: needs a C compiler, and on a GPU Triton; install them or set compile to auto or false"
+        )
+    if setting == "auto":
+        return is_possible and device.type == "cuda" and num_iterations >= MIN_COMPILED_STEPS
+    return setting
 
 
 @functools.cache
@@ -67,6 +86,7 @@ def configure_threads(num_threads: int | None, device: torch.device, *, determin
     if device.type == "cuda" and deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # compiled kernels are then not chosen by a race
 
 
 def describe_numerics(device: torch.device) -> dict[str, Any]:

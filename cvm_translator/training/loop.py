@@ -52,6 +52,8 @@ class TrainingLoop:
         peak = setup.cost.peak if setup.cost is not None else None
         self.progress = ProgressMeter(setup.events, setup.stage, setup.settings.num_iterations, peak)
         self.is_paused = False
+        if setup.is_compiled:
+            setup.objective.compile()
         self._saved_executed_steps: int | None = None
         self._feed: BatchFeed  # while `run` runs
 

@@ -81,8 +81,9 @@ def restore(
 
 
 def _describe_numerics(setup: LoopSetup) -> dict[str, Any]:
-    """What the last bits depend on: the machine, and into how many micro-batches a batch is cut."""
-    return describe_numerics(setup.device) | {"grad_accum_steps": setup.settings.grad_accum_steps}
+    """What the last bits depend on: the machine, and how steps are computed there."""
+    own = {"grad_accum_steps": setup.settings.grad_accum_steps, "compiled": setup.is_compiled}
+    return describe_numerics(setup.device) | own
 
 
 def load_best(setup: LoopSetup, name: str) -> LoadedCheckpoint:

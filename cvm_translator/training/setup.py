@@ -59,6 +59,8 @@ class LoopSetup:
     read_stored: ReadStored | None = None
     """Reads what is stored of the teacher, so that the batches bring it."""
     faults: list[FaultInjection] | None = None
+    is_compiled: bool = False
+    """Whether steps run through PyTorch's compiler."""
     num_threads: int | None = None
     """The thread count that the config asks for, if it asks for one."""
 

@@ -24,15 +24,17 @@ class SpikeWindow:
 
     def admits(self, loss: float) -> bool:
         """Judge a loss, without taking it in."""
-        if not math.isfinite(loss):
-            return False
+        return math.isfinite(loss) and loss <= self.find_limit()
+
+    def find_limit(self) -> float:
+        """The largest loss that is admitted now; infinity where there is too little to judge by."""
         if len(self._losses) < MIN_HISTORY:
-            return True
+            return math.inf
         median = statistics.median(self._losses)
         mad = statistics.median(abs(value - median) for value in self._losses)
         # The floor keeps a window of nearly equal losses from calling ordinary noise a spike.
         scale = max(1.4826 * mad, 0.05 * abs(median), 1e-6)
-        return loss <= median + self.threshold * scale
+        return median + self.threshold * scale
 
     def add(self, loss: float) -> None:
         self._losses.append(loss)

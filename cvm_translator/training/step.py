@@ -66,7 +66,13 @@ def train_step(
         ).to(totals)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm_tensor = nn.utils.get_total_norm(gradients)
-    # -------------------------------------------------------------------------------- checks before the optimizer moves
+    # ------------------------------------------------------------------------------------------- the check and the move
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    is_masked = device.type == "cuda"
+    if is_masked:  # the device judges as the host will, and goes on before it is asked
+        is_admitted = totals[0].isfinite() & (totals[0].double() <= spikes.find_limit()) & grad_norm_tensor.isfinite()
+        move_if_admitted(optimizer, is_admitted, grad_norm_tensor, settings.max_grad_norm)
     values = torch.cat([totals, grad_norm_tensor.detach().to(totals).reshape(1)]).tolist()  # the one sync point
     total, distillation, task, correct, grad_norm = values
     rejected = None
@@ -74,15 +80,29 @@ def train_step(
         rejected = "loss is not finite" if not math.isfinite(total) else "gradient is not finite"
     elif not spikes.admits(total):
         rejected = "loss spike"
-    # ------------------------------------------------------------------------------------------------------- the move
     if rejected is None:
-        if grad_norm > settings.max_grad_norm:  # else clipping multiplies all gradients by 1
-            nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, grad_norm_tensor)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
+        if not is_masked:
+            if grad_norm > settings.max_grad_norm:  # else clipping multiplies all gradients by 1
+                nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, grad_norm_tensor)
+            optimizer.step()
         corrupt_weights(faults, model)
         spikes.add(total)
         if average is not None:
             average.update()
     return StepResult(total, distillation, task, correct / batch.num_tokens, grad_norm, batch.num_tokens, rejected)
+
+
+def move_if_admitted(
+    optimizer: torch.optim.Optimizer, is_admitted: torch.Tensor, grad_norm: torch.Tensor, max_grad_norm: float
+) -> None:
+    """Clip and step, or do neither, as a bool on the device says.
+
+    The optimizer's fused kernel divides the gradients by `grad_scale`, and leaves everything as it is where `found_inf`
+    is not 0: so PyTorch's gradient scaler steers it.
+    """
+    scale = (grad_norm / max_grad_norm).clamp_min(1.0).float()
+    optimizer.grad_scale, optimizer.found_inf = scale, (~is_admitted).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]

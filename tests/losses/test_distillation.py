@@ -52,7 +52,7 @@ def compute_ours(loss: DistillationLoss, batch: tuple[Tensor, ...], num_tokens: 
 @pytest.mark.parametrize(("block_elements", "chunk_elements"), [(1 << 18, 1 << 25), (5 * V, 9 * V)])
 def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, block_elements, chunk_elements):
     monkeypatch.setitem(distillation._BLOCK_ELEMENTS, "cpu", block_elements)
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", chunk_elements)
     batch, twin = make_batch(), make_batch()
     parts = compute_ours(DistillationLoss(temperature, alpha, beta, smoothing), batch, num_tokens=50.0)
     divergence, task = compute_reference(twin, temperature, smoothing)
@@ -72,7 +72,7 @@ def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, bl
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
 @pytest.mark.parametrize("beta", [0.0, 0.4])
 def test_gradcheck(monkeypatch, divergence, beta):
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 9 * V)
+    monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", 9 * V)
     hidden, matrix, targets, teacher_hidden, teacher_matrix = make_batch()
     loss = DistillationLoss(2.5, 0.7, beta, 0.1, divergence)
 
@@ -96,7 +96,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_logits_of_all_tokens_never_exist_together(monkeypatch):
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 4 * V)
+    monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", 4 * V)
     with LargestTensor() as seen:
         compute_ours(DistillationLoss(2.0, 0.8, 0.2), make_batch(), N).total.backward()
     assert seen.num_elements == V * TEACHER_D < N * V
@@ -122,7 +122,7 @@ class Living(TorchDispatchMode):
 
 
 def test_one_chunks_logits_live_at_a_time_and_no_gradient_is_copied(monkeypatch):
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 4 * V)
+    monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", 4 * V)
     batch = make_batch()
     with Living() as seen:
         compute_ours(DistillationLoss(2.0, 0.8, 0.2), batch, N).total.backward()

@@ -81,6 +81,7 @@ TRAINING = {"batch_size": 64, "learning_rate": 5.0e-3}
 # Accumulation, averaging, dropout and late quantisation, so that a resume has something to get wrong.
 CONFIG: dict[str, Any] = {
     "num_threads": 1,
+    "deterministic": True,  # where the machine has a GPU
     "corpus": {"validation_size": 100, "test_size": 100, "cleaning": {"language_check": False}},
     "tokenizer": {"vocab_size": 360},
     "teacher": {

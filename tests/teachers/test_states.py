@@ -184,7 +184,7 @@ def test_a_computation_that_was_stopped_goes_on_where_it_was(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rows, "BUILD_BATCH_SIZE", 10)
+    monkeypatch.setitem(rows._BATCH_SIZES, "cpu", 10)
     monkeypatch.setattr(rows, "SAVE_EVERY_BATCHES", save_every)
     whole = TeacherStates(tmp_path / "whole", teacher, "a" * 64, dataset)
     fill(whole, teacher)

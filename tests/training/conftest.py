@@ -138,6 +138,9 @@ class LoopBench:
     make_model: Callable[..., CvmTransformer]
     reports: list[str] = field(default_factory=list)
     loops: list[TrainingLoop] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sizes: ModelConfig = STUDENT
+    """Of the student."""
 
     def build(
         self,
@@ -149,12 +152,13 @@ class LoopBench:
         stop: StopRequest | None = None,
         widths: WidthCourse = LATE_INT8,
         not_held: frozenset[int] = frozenset(),
+        is_compiled: bool = False,
         **settings: Any,
     ) -> TrainingLoop:
         plain = {"num_iterations": 20, "batch_size": 8, "warmup_steps": 2, "learning_rate": 5e-3}
         plain |= {"precision": "float32", "checkpoint_every_steps": 3}
         training = TrainingConfig(**(plain | settings))
-        student, teacher = self.make_model(STUDENT, 0), self.make_model(TEACHER, 1)
+        student, teacher = (self.make_model(*each).to(self.device) for each in ((self.sizes, 0), (TEACHER, 1)))
         seed_everything(7)
         root = self.folder / folder
         loop = TrainingLoop(
@@ -170,7 +174,8 @@ class LoopBench:
                 events=EventWriter(root / "events.jsonl"),
                 judge=ScriptedJudge(script or {}, not_held),
                 stop=stop or StopRequest(),
-                device=torch.device("cpu"),
+                device=self.device,
+                is_compiled=is_compiled,
                 validate_every_steps=5,
                 widths=widths,
                 prepare=round_weights,
