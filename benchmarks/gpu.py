@@ -56,8 +56,10 @@ def measure(problem: Problem, device: torch.device, num_rounds: int) -> dict[str
         states.make(first.teacher, partial(build_autocast, "bfloat16", device), lambda: None)
         for number in range(num_rounds):
             for name in SYSTEMS:
-                rounds[name].append(_measure_once(name, parts[name], Path(folder), states, device))
-            print(f"round {number + 1} of {num_rounds} is done", flush=True)
+                figures = _measure_once(name, parts[name], Path(folder), states, device)
+                told = ", ".join(f"{key} {value:,.3f}" for key, value in figures.items())
+                print(f"round {number + 1} of {num_rounds}, {name}: {told}", flush=True)
+                rounds[name].append(figures)
     return {
         name: {key: statistics.median(figures[key] for figures in found) for key in found[0]}
         for name, found in rounds.items()
@@ -127,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", help="of PyTorch; cpu to try the program")
     parser.add_argument("--teacher", choices=MODEL_PRESETS, default="spec_teacher")
     add_problem_options(parser)
-    parser.set_defaults(batch_size=4096, num_steps=20, num_warm_up=10, num_pairs=NUM_PAIRS)
+    parser.set_defaults(batch_size=4096, num_steps=15, num_warm_up=5, num_pairs=NUM_PAIRS)
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     return parser
 

@@ -51,7 +51,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, round_values: Callable[[Tensor], Tensor]) -> Tensor:
-        return round_values(values)
+        rounded = round_values(values)
+        # torch 2.11 traces no gradient to what an operation in place has returned; the copy is compiled away.
+        return rounded.clone() if torch.compiler.is_compiling() else rounded
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:

@@ -258,7 +258,7 @@ from cvm_translator.teachers import rows
 from cvm_translator.teachers.states import TeacherStates
 
 torch.set_num_threads(1)
-rows.BUILD_BATCH_SIZE = 4
+rows._BATCH_SIZES["cpu"] = 4
 teacher = CvmTransformer(
     ModelConfig(dim=8, num_heads=2, feed_forward_dim=8, encoder_layers=1, decoder_layers=1, max_length=32), 40
 )
