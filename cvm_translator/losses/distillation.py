@@ -14,7 +14,8 @@ so the forward pass computes it at once, a chunk of tokens at a time: the chunk'
 them, and from it the gradients of the hidden states and of the matrix (a float32 sum over the chunks). At most one
 chunk's logits of the student and of the teacher exist together, and nothing of size N × V waits for the backward pass,
 which hands out what is there (the idea is that of Liger Kernel, Hsu et al., 2024, arXiv:2410.10989). Softmax maths is
-in float32 (float64 for float64 input) on blocks of rows that stay in the processor's cache. Logits are products in
+in float32 (float64 for float64 input) on blocks of rows that stay in the processor's cache, or on CUDA in one kernel
+(see `one_kernel`). Logits are products in
 autocast's type where autocast is on.
 
 Refuses: shapes that do not match, targets without a teacher where alpha > 0. NaN in, NaN out.
@@ -30,8 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cvm_translator.config.compilers import HAS_TRITON
 from cvm_translator.config.schema import DivergenceName
-from cvm_translator.kernels import can_run_on
 from cvm_translator.losses.divergences import DIVERGENCES
 from cvm_translator.losses.top_targets import TopTargets
 
@@ -148,7 +149,8 @@ def _write_gradients(
     settings: DistillationLoss, logits: Tensor, targets: Tensor, teacher: Tensor | TopTargets | None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The sums of each block of a chunk's rows, and the gradient written over its logits."""
-    if can_run_on(logits) and logits.dtype != torch.float64 and not isinstance(teacher, TopTargets):
+    is_possible = HAS_TRITON and logits.device.type == "cuda" and logits.dtype != torch.float64
+    if is_possible and not isinstance(teacher, TopTargets):
         return [settings.write_gradient_in_one_kernel(logits, targets, teacher)]
     return [
         settings.write_gradient(logits[rows], targets[rows], None if teacher is None else teacher[rows])
@@ -262,7 +264,7 @@ class DistillationLoss:
         self, logits: Tensor, targets: Tensor, teacher: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same on a CUDA device with Triton."""
-        from cvm_translator.kernels.loss import write_gradient
+        from cvm_translator.losses.one_kernel import write_gradient
 
         return write_gradient(
             logits,

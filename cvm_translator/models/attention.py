@@ -5,10 +5,11 @@ matrix product: query, key, value in self-attention (`qkv`), key and value in cr
 token by token, keys and values are kept in an `AttentionCache` and only the new token is computed. A decoder whose
 `core_capacity` is set keeps them in that many slots instead (see `slots`).
 
-Two exceptions. In bfloat16 on a CPU the two products and the softmax are written out, because the backward pass of
-PyTorch's kernel is six to seven times slower there (7.3 ms against 1.1 ms for 32 × 14 tokens, torch 2.13, one Zen 5
-core); a decoding step of few heads is left to it, for it takes a seventh of the time for 8 heads. And so they are in
-the self-attention of a decoder with slots while it trains: no kernel averages logits.
+Three exceptions. On CUDA short sentences have a kernel of their own (see `short_attention`). In bfloat16 on a CPU the
+two products and the softmax are written out, because the backward pass of PyTorch's kernel is six to seven times slower
+there (7.3 ms against 1.1 ms for 32 × 14 tokens, torch 2.13, one Zen 5 core); a decoding step of few heads is left to
+it, for it takes a seventh of the time for 8 heads. And so they are in the self-attention of a decoder with slots while
+it trains: no kernel averages logits.
 
 Shapes: B batch, T target or S source length, D hidden size, H heads, d = D / H.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from cvm_translator.kernels import can_run_on
+from cvm_translator.config.compilers import HAS_TRITON
 from cvm_translator.models.slots import SlotCache, average_within_slots, find_self_slots, merge_source
 from cvm_translator.quantization import QuantizableLinear
 
@@ -35,8 +36,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool
 
     A bool mask is True where attention is allowed; a float one is added to the logits.
     """
-    if can_run_on(q) and q.shape[2] > 1:
-        from cvm_translator.kernels.attention import attend_briefly, can_attend
+    if HAS_TRITON and q.device.type == "cuda" and q.shape[2] > 1:
+        from cvm_translator.models.short_attention import attend_briefly, can_attend
 
         if can_attend(q, k, mask):
             return attend_briefly(q, k, v, mask, causal=causal)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from cvm_translator.config.compilers import HAS_COMPILER, HAS_TRITON
 from cvm_translator.errors import ConfigError
-from cvm_translator.kernels import HAS_COMPILER, HAS_TRITON
 
 MIN_COMPILED_STEPS = 1000
 """Fewer do not earn back the minute that compiling takes."""

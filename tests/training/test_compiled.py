@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from cvm_translator.config.compilers import HAS_COMPILER, HAS_TRITON
 from cvm_translator.config.schema import ModelConfig, TrainingConfig
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.errors import ConfigError
-from cvm_translator.kernels import HAS_COMPILER, HAS_TRITON
 from cvm_translator.losses.distillation import DistillationLoss
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.training import device as devices
