@@ -88,10 +88,10 @@ class Batch:
         first = int(self.lengths[:begin, 1].sum())
         tokens = slice(first, first + int(lengths[:, 1].sum()))
         return Batch(
-            self.src[begin:end, :src_end],
-            self.src_mask[begin:end, :src_end],
-            self.tgt_in[begin:end, :tgt_end],
-            self.tgt_out[begin:end, :tgt_end],
+            self.src[begin:end, :src_end].contiguous(),  # a compiler takes tensors with gaps for another program
+            self.src_mask[begin:end, :src_end].contiguous(),
+            self.tgt_in[begin:end, :tgt_end].contiguous(),
+            self.tgt_out[begin:end, :tgt_end].contiguous(),
             lengths,
             self.indices[begin:end],
             tuple(rows[tokens] for rows in self.stored),

@@ -5,7 +5,8 @@ always included. The map is learnt by IBM Model 1 (Brown et al., 1993) from pair
 what the model itself makes of them. References are of less use, since they hold free translations that the model would
 never write, and a piece for each of them.
 
-    always      the most frequent target pieces
+    always      the most frequent target pieces: as many as leave little of held-out sentences without a candidate (a
+                large vocabulary has many pieces that no text of this size explains)
     per piece   target pieces that Model 1 explains by it, best first; a byte calls for itself and for the bytes that
                 the targets hold; a piece that is rare in the text calls for itself, since names are copied
 
@@ -14,9 +15,10 @@ Lines are `source piece TAB target pieces`, separated by blanks; the line withou
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,11 @@ from cvm_translator.models.runtimes.base import RuntimeSettings
 from cvm_translator.models.runtimes.ctranslate2 import MAP_FILE, Ctranslate2Runtime
 from cvm_translator.pipeline.export.sentences import spaced
 
-MAX_SENTENCES = 20_000
+MAX_SENTENCES = 40_000
+HELD_OUT_EVERY = 20
+"""One of so many sentences is not learnt from, but tells what a map misses."""
+MAX_MISSED = 0.01
+"""Share of the pieces of held-out targets that may be missing from the candidates of their sentence."""
 NUM_ITERATIONS = 5
 
 IntArray = NDArray[np.int64]
@@ -41,9 +47,9 @@ class MapSettings:
     """How large a map becomes."""
 
     num_frequent: int = 100
-    """Target pieces that are always included."""
-    max_per_piece: int = 20
-    min_count: float = 0.5
+    """Target pieces that are always included, at least."""
+    max_per_piece: int = 40
+    min_count: float = 0.1
     """Expected number of times, over the text, that the source piece produced the target piece."""
     max_rare_count: int = 20
     """Pieces seen less often on the source side call for themselves."""
@@ -84,7 +90,7 @@ def add_vocabulary_map(folder: Path, pairs: Sequence[Pair], report: Callable[[st
     sources = [ids[:longest] for ids in tokenizer.encode([pair.source for pair in chosen]) if ids]
     report(f"map        translating {len(sources):,} training sentences to learn from")
     targets = runtime.translate_ids(sources, batch_size=64)
-    learnt = learn_vocabulary_map(sources, targets, tokenizer)
+    learnt = fit_vocabulary_map(sources, targets, tokenizer)
     (folder / MAP_FILE).write_text(learnt.format(tokenizer), encoding="utf-8")
     sizes = [len(learnt.candidates([source])) for source in spaced(sources, 1000)]
     mean_size = sum(sizes) / len(sizes)
@@ -95,13 +101,38 @@ def add_vocabulary_map(folder: Path, pairs: Sequence[Pair], report: Callable[[st
     }
 
 
+def fit_vocabulary_map(
+    sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], tokenizer: Tokenizer
+) -> VocabularyMap:
+    """Learn with twice as many frequent pieces again and again, up to an eighth of the vocabulary, until no more than
+    `MAX_MISSED` of the held-out targets is missed."""
+    held_out = range(HELD_OUT_EVERY - 1, len(sources), HELD_OUT_EVERY)
+    is_learnt = [index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1 for index in range(len(sources))]
+    known = [list(itertools.compress(side, is_learnt)) for side in (sources, targets)]
+    settings = MapSettings()
+    explained = _explain(*known, tokenizer.vocab_size)
+    while True:
+        learnt = learn_vocabulary_map(*known, tokenizer, settings, explained)
+        num_missed, num_pieces = 0, 0
+        for index in held_out:
+            candidates = learnt.candidates([sources[index]])
+            num_missed += sum(piece not in candidates for piece in targets[index])
+            num_pieces += len(targets[index])
+        more = 2 * settings.num_frequent
+        if num_missed <= MAX_MISSED * num_pieces or more > tokenizer.vocab_size // 8:
+            return learnt
+        settings = replace(settings, num_frequent=more)
+
+
 def learn_vocabulary_map(
     sources: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
     settings: MapSettings | None = None,
+    explained: list[tuple[int, int, float]] | None = None,
 ) -> VocabularyMap:
-    """Learn from pairs of ids without marks; at least one target must not be empty."""
+    """Learn from pairs of ids without marks; at least one target must not be empty. `explained` saves explaining them
+    again."""
     settings = settings or MapSettings()
     vocab_size = tokenizer.vocab_size
     source_counts = _count_pieces(sources, vocab_size)
@@ -112,7 +143,7 @@ def learn_vocabulary_map(
     known = set(always)
 
     lists: dict[int, list[int]] = {}
-    for source, target, count in _explain(sources, targets, vocab_size):
+    for source, target, count in explained or _explain(sources, targets, vocab_size):
         chosen = lists.setdefault(source, [])
         if count >= settings.min_count and len(chosen) < settings.max_per_piece and target not in known:
             chosen.append(target)
