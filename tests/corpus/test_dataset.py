@@ -48,7 +48,7 @@ def test_micro_batches_hold_the_same_sentences(rows: list[tuple[list[int], list[
     for part in parts:
         expected = data.batch(np.arange(begin, begin + len(part)))
         for name in ("src", "src_mask", "tgt_in", "tgt_out"):
-            assert torch.equal(getattr(part, name), getattr(expected, name))
+            assert torch.equal(getattr(part, name), getattr(expected, name)) and getattr(part, name).is_contiguous()
         assert part.indices.tolist() == expected.indices.tolist()
         begin += len(part)
     assert (batch.tgt_out != PAD_ID).sum() == batch.num_tokens

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from cvm_translator.pipeline.export.vocabulary_map import MapSettings, VocabularyMap, learn_vocabulary_map
+from cvm_translator.pipeline.export.vocabulary_map import (
+    MapSettings,
+    VocabularyMap,
+    fit_vocabulary_map,
+    learn_vocabulary_map,
+)
 
 
 class FakeTokenizer:
@@ -71,3 +76,14 @@ def test_without_text_there_is_no_map() -> None:
 def test_pieces_that_occur_together_by_chance_are_left_out() -> None:
     learnt = learn(num_frequent=1, max_per_piece=20, min_count=1.0, max_rare_count=0)
     assert max(len(targets) for source, targets in learnt.by_source.items() if source >= 10) <= 3
+
+
+@pytest.mark.parametrize(("vocab_size", "num_kinds", "expected"), [(4000, 20, 20), (4000, 300, 300), (1000, 300, 100)])
+def test_frequent_pieces_grow_with_what_held_out_sentences_miss(vocab_size: int, num_kinds: int, expected: int) -> None:
+    """Of targets that no source explains; at most an eighth of the vocabulary."""
+    tokenizer, generator = FakeTokenizer(), random.Random(2)
+    tokenizer.vocab_size = vocab_size
+    sources = [[10, 11] for _ in range(2000)]
+    targets = [[generator.randrange(100, 100 + num_kinds) for _ in range(5)] for _ in sources]
+    learnt = fit_vocabulary_map(sources, targets, tokenizer)  # type: ignore[arg-type]
+    assert len(learnt.always) == expected
