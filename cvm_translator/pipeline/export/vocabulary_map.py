@@ -108,11 +108,11 @@ def fit_vocabulary_map(
     `MAX_MISSED` of the held-out targets is missed."""
     held_out = range(HELD_OUT_EVERY - 1, len(sources), HELD_OUT_EVERY)
     is_learnt = [index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1 for index in range(len(sources))]
-    known = [list(itertools.compress(side, is_learnt)) for side in (sources, targets)]
+    known_sources, known_targets = (list(itertools.compress(side, is_learnt)) for side in (sources, targets))
     settings = MapSettings()
-    explained = _explain(*known, tokenizer.vocab_size)
+    explained = _explain(known_sources, known_targets, tokenizer.vocab_size)
     while True:
-        learnt = learn_vocabulary_map(*known, tokenizer, settings, explained)
+        learnt = learn_vocabulary_map(known_sources, known_targets, tokenizer, settings, explained)
         num_missed, num_pieces = 0, 0
         for index in held_out:
             candidates = learnt.candidates([sources[index]])
