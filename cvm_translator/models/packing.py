@@ -34,10 +34,12 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self._dtype = weight.dtype
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, input: Tensor) -> Tensor:
+        input = input.to(self._dtype)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, "none", [], "")
         return y
 

@@ -33,6 +33,11 @@ FAKE_WEIGHTS: dict[str, Callable[[Tensor, LayerFormat], Tensor]] = {
 """Formats that training can see. Not `int8_static`: its activation grid is found after training."""
 
 
+def _narrow_to(weight: Tensor, input: Tensor) -> Tensor:
+    """The input in a bfloat16 weight's type: such models add up and normalise in float32."""
+    return input.to(weight.dtype) if weight.dtype == torch.bfloat16 else input
+
+
 class QuantizableLinear(nn.Linear):
     """nn.Linear that can round its weights and its inputs as its deployed form will."""
 
@@ -41,7 +46,7 @@ class QuantizableLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.fake_quantization:
-            return functional.linear(input, self.weight, self.bias)
+            return functional.linear(_narrow_to(self.weight, input), self.weight, self.bias)
         weight = FAKE_WEIGHTS[self.fake_format.kind](self.weight, self.fake_format)
         return functional.linear(fake_quantize(input) if self.fake_format.kind == "int8" else input, weight, self.bias)
 
@@ -123,4 +128,5 @@ class TiedEmbedding(nn.Module):
 
     def project(self, hidden: Tensor, matrix: Tensor | None = None) -> Tensor:
         """Logits: hidden (..., D) -> (..., V)."""
-        return functional.linear(self.round_hidden(hidden), self.matrix() if matrix is None else matrix)
+        matrix = self.matrix() if matrix is None else matrix
+        return functional.linear(_narrow_to(matrix, self.round_hidden(hidden)), matrix)

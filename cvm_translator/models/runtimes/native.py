@@ -17,6 +17,8 @@ from cvm_translator.models.folder import find_model_folder, load_model
 from cvm_translator.models.packing import pack_layers
 from cvm_translator.models.perplexity import measure_reference_losses
 from cvm_translator.models.runtimes.base import Runtime, RuntimeSettings
+from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.quantization import QuantizableLinear, TiedEmbedding
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,7 +41,7 @@ class NativeRuntime(Runtime):
                     f"{find_model_folder(path)} is {held}, which computes in its own precision: name the float model"
                     " (in a run: student/float) or leave --precision out"
                 )
-            self._model.to(PRECISIONS[settings.precision])
+            _multiply_in(PRECISIONS[settings.precision], self._model)
         pack_layers(self._model)
         self.facts = {
             "format": "safetensors",
@@ -60,3 +62,10 @@ class NativeRuntime(Runtime):
         held_out = DistillationDataset.from_pairs(pairs, self.tokenizer, self._model.config.max_length)
         losses: list[list[float]] = measure_reference_losses(self._model, held_out, len(pairs), batch_size).tolist()
         return losses
+
+
+def _multiply_in(dtype: torch.dtype, model: CvmTransformer) -> None:
+    """Have matrix products in a type; norms and what layers add up stay float32, as they were in training."""
+    for layer in model.modules():
+        if isinstance(layer, QuantizableLinear | TiedEmbedding):
+            layer.to(dtype)
