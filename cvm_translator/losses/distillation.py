@@ -15,8 +15,7 @@ them, and from it the gradients of the hidden states and of the matrix (a float3
 chunk's logits of the student and of the teacher exist together, and nothing of size N × V waits for the backward pass,
 which hands out what is there (the idea is that of Liger Kernel, Hsu et al., 2024, arXiv:2410.10989). Softmax maths is
 in float32 (float64 for float64 input) on blocks of rows that stay in the processor's cache, or on CUDA in one kernel
-(see `one_kernel`). Logits are products in
-autocast's type where autocast is on.
+(see `one_kernel`). Logits are products in autocast's type where autocast is on.
 
 Refuses: shapes that do not match, targets without a teacher where alpha > 0. NaN in, NaN out.
 """

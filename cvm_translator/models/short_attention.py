@@ -52,6 +52,16 @@ def _find_probabilities(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_rows(  # type: ignore[no-untyped-def]
+    tensor, batch_stride, head_stride, token_stride, sentence, head, places, length, WIDTH: tl.constexpr
+):  # fmt: skip
+    """(places, d): a head of a sentence's tokens; zeros beyond its length."""
+    tensor += sentence * batch_stride + head * head_stride
+    pointers = tensor + places[:, None] * token_stride + tl.arange(0, WIDTH)[None, :]
+    return tl.load(pointers, mask=(places < length)[:, None], other=0.0)
+
+
+@triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     q, k, v, mask, out,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -61,19 +71,15 @@ def _forward(  # type: ignore[no-untyped-def]
     """One head of one sentence; out is (B, T, H, d) without gaps."""
     sentence, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
     rows, columns, dims = tl.arange(0, T), tl.arange(0, S), tl.arange(0, WIDTH)
-    is_query, is_key = (rows < num_queries)[:, None], (columns < num_keys)[:, None]
-    q += sentence * q_batch + head * q_head
-    k += sentence * k_batch + head * k_head
-    v += sentence * v_batch + head * v_head
-    queries = tl.load(q + rows[:, None] * q_token + dims[None, :], mask=is_query, other=0.0)
-    keys = tl.load(k + columns[:, None] * k_token + dims[None, :], mask=is_key, other=0.0)
-    values = tl.load(v + columns[:, None] * v_token + dims[None, :], mask=is_key, other=0.0)
+    queries = _load_rows(q, q_batch, q_head, q_token, sentence, head, rows, num_queries, WIDTH)
+    keys = _load_rows(k, k_batch, k_head, k_token, sentence, head, columns, num_keys, WIDTH)
+    values = _load_rows(v, v_batch, v_head, v_token, sentence, head, columns, num_keys, WIDTH)
     probabilities = _find_probabilities(
         queries, keys, mask, sentence, num_queries, num_keys, scale, CAUSAL, MASKED, T, S
     )
     mixed = tl.dot(probabilities.to(values.dtype), values)
     place = ((sentence * num_queries + rows[:, None]) * num_heads + head) * WIDTH + dims[None, :]
-    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=is_query)
+    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=(rows < num_queries)[:, None])
 
 
 @triton.jit
@@ -87,14 +93,10 @@ def _backward(  # type: ignore[no-untyped-def]
     sentence, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
     rows, columns, dims = tl.arange(0, T), tl.arange(0, S), tl.arange(0, WIDTH)
     is_query, is_key = (rows < num_queries)[:, None], (columns < num_keys)[:, None]
-    q += sentence * q_batch + head * q_head
-    k += sentence * k_batch + head * k_head
-    v += sentence * v_batch + head * v_head
-    grad_out += sentence * o_batch + head * o_head
-    queries = tl.load(q + rows[:, None] * q_token + dims[None, :], mask=is_query, other=0.0)
-    keys = tl.load(k + columns[:, None] * k_token + dims[None, :], mask=is_key, other=0.0)
-    values = tl.load(v + columns[:, None] * v_token + dims[None, :], mask=is_key, other=0.0)
-    grads = tl.load(grad_out + rows[:, None] * o_token + dims[None, :], mask=is_query, other=0.0)
+    queries = _load_rows(q, q_batch, q_head, q_token, sentence, head, rows, num_queries, WIDTH)
+    keys = _load_rows(k, k_batch, k_head, k_token, sentence, head, columns, num_keys, WIDTH)
+    values = _load_rows(v, v_batch, v_head, v_token, sentence, head, columns, num_keys, WIDTH)
+    grads = _load_rows(grad_out, o_batch, o_head, o_token, sentence, head, rows, num_queries, WIDTH)
     probabilities = _find_probabilities(
         queries, keys, mask, sentence, num_queries, num_keys, scale, CAUSAL, MASKED, T, S
     )
@@ -114,24 +116,37 @@ def _block(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
-def _launch(kernel: Any, tensors: list[Tensor], strided: list[Tensor], q: Tensor, k: Tensor, **flags: bool) -> None:
+def _launch(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], mask: Tensor | None, causal: bool) -> None:
+    """`inputs`: queries, keys, values and what else is read by token, (B, H, length, d) each."""
+    q, k = inputs[:2]
     batch, heads, num_queries, width = q.shape
     num_keys = k.shape[2]
-    strides = [stride for tensor in strided for stride in tensor.stride()[:3]]
+    real = q if mask is None else mask.expand(batch, 1, 1, num_keys).contiguous()
+    strides = [stride for tensor in inputs for stride in tensor.stride()[:3]]
     largest = max(_block(num_queries), _block(num_keys))
     kernel[(batch * heads,)](
-        *tensors,
+        *inputs[:3],
+        real,
+        *inputs[3:],
+        *outputs,
         *strides,
         heads,
         num_queries,
         num_keys,
         width**-0.5,
-        **flags,
+        CAUSAL=causal,
+        MASKED=mask is not None,
         T=_block(num_queries),
         S=_block(num_keys),
         WIDTH=width,
         num_warps={16: 1, 32: 2, 64: 4}.get(largest, 8),
     )
+
+
+def _beside(tensor: Tensor) -> Tensor:
+    """(B, L, H, d) without gaps, for a result of the shape of a (B, H, L, d)."""
+    batch, heads, length, width = tensor.shape
+    return tensor.new_empty((batch, length, heads, width))
 
 
 def _with_dense_rows(tensor: Tensor) -> Tensor:
@@ -140,35 +155,23 @@ def _with_dense_rows(tensor: Tensor) -> Tensor:
 
 @torch.library.custom_op("cvm_translator::attend_briefly", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    q, k, v = map(_with_dense_rows, (q, k, v))
-    batch, heads, num_queries, width = q.shape
-    out = q.new_empty((batch, num_queries, heads, width))
-    real = q if mask is None else mask.expand(batch, 1, 1, k.shape[2]).contiguous()
-    _launch(_forward, [q, k, v, real, out], [q, k, v], q, k, CAUSAL=causal, MASKED=mask is not None)
+    out = _beside(q)
+    _launch(_forward, [_with_dense_rows(tensor) for tensor in (q, k, v)], [out], mask, causal)
     return out
 
 
 @_attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    batch, heads, num_queries, width = q.shape
-    return q.new_empty((batch, num_queries, heads, width))
+    return _beside(q)
 
 
 @torch.library.custom_op("cvm_translator::attend_briefly_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, q, k, v = map(_with_dense_rows, (grad.transpose(1, 2), q, k, v))
-    batch, heads, num_queries, width = q.shape
-    num_keys = k.shape[2]
-    grads = (
-        q.new_empty((batch, num_queries, heads, width)),
-        k.new_empty((batch, num_keys, heads, width)),
-        v.new_empty((batch, num_keys, heads, width)),
-    )
-    real = q if mask is None else mask.expand(batch, 1, 1, num_keys).contiguous()
-    flags = {"CAUSAL": causal, "MASKED": mask is not None}
-    _launch(_backward, [q, k, v, real, grad, *grads], [q, k, v, grad], q, k, **flags)
+    grads = _beside(q), _beside(k), _beside(v)
+    inputs = [_with_dense_rows(tensor) for tensor in (q, k, v, grad.transpose(1, 2))]
+    _launch(_backward, inputs, list(grads), mask, causal)
     return grads
 
 
@@ -176,11 +179,7 @@ def _attend_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def beside(tensor: Tensor) -> Tensor:
-        batch, heads, length, width = tensor.shape
-        return tensor.new_empty((batch, length, heads, width))
-
-    return beside(q), beside(k), beside(v)
+    return _beside(q), _beside(k), _beside(v)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
