@@ -13,9 +13,11 @@ The gradient with respect to the student's logits has a closed form, with KL(tea
 so the forward pass computes it at once, a chunk of tokens at a time: the chunk's logits, the gradient written over
 them, and from it the gradients of the hidden states and of the matrix (a float32 sum over the chunks). At most one
 chunk's logits of the student and of the teacher exist together, and nothing of size N × V waits for the backward pass,
-which hands out what is there (the idea is that of Liger Kernel, Hsu et al., 2024, arXiv:2410.10989). Softmax maths is
-in float32 (float64 for float64 input) on blocks of rows that stay in the processor's cache, or on CUDA in one kernel
-(see `one_kernel`). Logits are products in autocast's type where autocast is on.
+which hands out what is there (the idea is that of Liger Kernel, Hsu et al., 2024, arXiv:2410.10989). On a CPU the
+matrices are gone through a few rows at a time, so that neither their copies in the type of the products nor the
+products that are added up exist as a whole, and both are still in the processor's cache when they are used. Softmax
+maths is in float32 (float64 for float64 input) on blocks of rows that stay in the processor's cache, or on CUDA in one
+kernel (see `one_kernel`). Logits are products in autocast's type where autocast is on.
 
 Refuses: shapes that do not match, targets without a teacher where alpha > 0. NaN in, NaN out.
 """
@@ -23,7 +25,7 @@ Refuses: shapes that do not match, targets without a teacher where alpha > 0. Na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,10 +40,12 @@ from cvm_translator.losses.top_targets import TopTargets
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 """Logits handled together, by device type; 1 MiB of float32 on a CPU."""
 _DEFAULT_BLOCK_ELEMENTS = 1 << 26
-_CHUNK_ELEMENTS = {"cpu": 1 << 25}
-"""Logits of one chunk of tokens, by device type: 64 MiB of bfloat16 on a CPU. Smaller ones would add up the matrix's
-gradient more often."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 23}
+"""Logits of one chunk of tokens, by device type: 16 MiB of bfloat16 on a CPU. Up to twice as many stay together: each
+chunk reads the matrices anew, which a usual batch on a CPU, of some hundred tokens, then does once."""
 _DEFAULT_CHUNK_ELEMENTS = 1 << 27
+_TILE_ROWS = {"cpu": 2048}
+"""Rows of a matrix (V, D) that are multiplied at once, by device type; elsewhere all."""
 _BALANCE_ELEMENTS = 1 << 22
 """Logits that `compute_gradient_ratio` handles together: some 16 MiB tensors of float32."""
 
@@ -64,14 +68,20 @@ def compute_logits(hidden: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _to_product_type(values: Tensor) -> Tensor:
+    return values.to(_find_product_type(values))
+
+
+def _find_product_type(values: Tensor) -> torch.dtype:
     device_type = values.device.type
     if torch.is_autocast_enabled(device_type) and values.dtype != torch.float64:
-        return values.to(torch.get_autocast_dtype(device_type))
-    return values
+        return torch.get_autocast_dtype(device_type)
+    return values.dtype
 
 
-def _chunk_rows(matrix: Tensor) -> int:
-    return max(1, _CHUNK_ELEMENTS.get(matrix.device.type, _DEFAULT_CHUNK_ELEMENTS) // matrix.shape[0])
+def _chunk_rows(matrix: Tensor, num_tokens: int) -> int:
+    """The same number in every chunk, or nearly."""
+    most = max(1, _CHUNK_ELEMENTS.get(matrix.device.type, _DEFAULT_CHUNK_ELEMENTS) // matrix.shape[0])
+    return max(1, num_tokens) if num_tokens <= 2 * most else math.ceil(num_tokens / math.ceil(num_tokens / most))
 
 
 def _block_rows(logits: Tensor) -> int:
@@ -83,16 +93,50 @@ def _wide(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Matrix:
+    """An output matrix (V, D) in the type of the product, a tile of rows at a time."""
+
+    weights: Tensor
+    dtype: torch.dtype
+    tile_rows: int
+
+    @classmethod
+    def of(cls, weights: Tensor) -> _Matrix:
+        dtype = _find_product_type(weights)
+        if tile_rows := _TILE_ROWS.get(weights.device.type):
+            return cls(weights, dtype, tile_rows)
+        return cls(weights.to(dtype), dtype, weights.shape[0])
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in _slices(self.weights.shape[0], self.tile_rows):
+            yield rows, self.weights[rows].to(self.dtype)
+
+    def new_logits(self, num_tokens: int) -> Tensor:
+        """Memory for a chunk's, (n, V), which all chunks share: memory new from the system is slow to write."""
+        num_rows = _chunk_rows(self.weights, num_tokens)
+        return self.weights.new_empty(num_rows, self.weights.shape[0], dtype=self.dtype)
+
+    def multiply(self, hidden: Tensor, memory: Tensor) -> Tensor:
+        """hidden (n, D) -> logits (n, V), in the first rows of `memory`."""
+        logits = memory[: hidden.shape[0]]
+        for rows, tile in self.tiles():
+            torch.mm(hidden, tile.t(), out=logits[:, rows])
+        return logits
+
+
+@dataclass(frozen=True)
 class _Teacher:
-    """What the teacher's tempered logits of a chunk are made from, in the type of the product."""
+    """What the teacher's tempered logits of a chunk are made from."""
 
     hidden: Tensor
-    """(N, D'), divided by the temperature."""
-    matrix: Tensor
+    """(N, D')."""
+    matrix: _Matrix
+    temperature: float
+    memory: Tensor
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """(n, V) tempered logits."""
-        return self.hidden[rows] @ self.matrix.t()
+        """(n, V) tempered logits, until the next are asked for."""
+        return self.matrix.multiply((self.hidden[rows] / self.temperature).to(self.matrix.dtype), self.memory)
 
 
 class _TaskAndDistillation(torch.autograd.Function):
@@ -108,27 +152,22 @@ class _TaskAndDistillation(torch.autograd.Function):
         settings: DistillationLoss,
         num_tokens: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        types = hidden.dtype, matrix.dtype
-        hidden, matrix = _to_product_type(hidden), _to_product_type(matrix)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_matrix: Tensor | None = None
+        grads = tuple(
+            torch.empty_like(leaf) if is_needed else None
+            for leaf, is_needed in zip((hidden, matrix), ctx.needs_input_grad, strict=False)
+        )
+        tiled = _Matrix.of(matrix)
+        memory = tiled.new_logits(hidden.shape[0])
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in _slices(hidden.shape[0], _chunk_rows(matrix)):
-                logits = hidden[chunk] @ matrix.t()
+            for chunk in _slices(hidden.shape[0], len(memory)):
+                inputs = hidden[chunk].to(tiled.dtype)
+                logits = tiled.multiply(inputs, memory)
                 known = None if teacher is None else teacher[chunk]
                 parts += _write_gradients(settings, logits, targets[chunk], known)
-                del known
-                if grad_hidden is not None:
-                    torch.mm(logits, matrix, out=grad_hidden[chunk])
-                if ctx.needs_input_grad[1]:
-                    product = logits.t() @ hidden[chunk]
-                    grad_matrix = product.to(types[1]) if grad_matrix is None else grad_matrix.add_(product)
-                    del product
-                del logits
+                _add_gradients(grads, chunk, logits, inputs, tiled)
         distillation, task, num_correct = (torch.stack(part).sum() for part in zip(*parts, strict=True))
         total = (settings.alpha * distillation + settings.beta * task) / num_tokens
-        grads = None if grad_hidden is None else grad_hidden.to(types[0]), grad_matrix
         for grad in grads:
             if grad is not None:
                 grad.mul_(1.0 / num_tokens)
@@ -142,6 +181,22 @@ class _TaskAndDistillation(torch.autograd.Function):
         if scale.device.type != "cpu" or scale.item() != 1.0:  # elsewhere to look at it would be to wait for it
             grads = [None if grad is None else grad * scale for grad in grads]
         return *grads, None, None, None, None
+
+
+def _add_gradients(
+    grads: tuple[Tensor | None, ...], chunk: slice, logits: Tensor, inputs: Tensor, matrix: _Matrix
+) -> None:
+    """Write those of a chunk's hidden states and add that of the matrix, from the logits' (n, V)."""
+    grad_hidden, grad_matrix = grads
+    for rows, tile in matrix.tiles():
+        if grad_hidden is not None:
+            _add(grad_hidden[chunk], logits[:, rows] @ tile, is_first=rows.start == 0)
+        if grad_matrix is not None:
+            _add(grad_matrix[rows], logits[:, rows].t() @ inputs, is_first=chunk.start == 0)
+
+
+def _add(total: Tensor, values: Tensor, is_first: bool) -> None:
+    total.copy_(values) if is_first else total.add_(values)
 
 
 def _write_gradients(
@@ -221,9 +276,9 @@ class DistillationLoss:
                     f"the teacher's vocabulary has {teacher_matrix.shape[0]} entries, "
                     f"the student's {student_matrix.shape[0]}"
                 )
-            with torch.no_grad():
-                hidden = _to_product_type(teacher_hidden / self.temperature)
-                teacher = _Teacher(hidden, _to_product_type(teacher_matrix))
+            matrix = _Matrix.of(teacher_matrix.detach())
+            memory = matrix.new_logits(len(targets))
+            teacher = _Teacher(teacher_hidden.detach(), matrix, self.temperature, memory)
         apply: Callable[..., Any] = _TaskAndDistillation.apply
         total, distillation, task, num_correct = apply(
             student_hidden, student_matrix, targets, teacher, self, num_tokens

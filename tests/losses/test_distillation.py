@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 import pytest
 import torch
@@ -102,32 +101,69 @@ def test_the_logits_of_all_tokens_never_exist_together(monkeypatch):
     assert seen.num_elements == V * TEACHER_D < N * V
 
 
-class Living(TorchDispatchMode):
-    """How many results of matrix products of V columns live at the same time, and what is scaled whole."""
+class Memory(TorchDispatchMode):
+    """Where products of V columns are written, what is made of which shape and type, and what is scaled whole."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.results: list[weakref.ref[Tensor]] = []
-        self.most = 0
-        self.scaled: list[tuple[int, ...]] = []
+        self.logits: dict[int, int] = {}
+        self.num_products = 0
+        self.made: set[tuple[torch.dtype, tuple[int, ...]]] = set()
+        self.scaled: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default and result.shape[1] == V:
-            self.results.append(weakref.ref(result))
-            self.most = max(self.most, sum(ref() is not None for ref in self.results))
+        if func is torch.ops.aten.mm.out:
+            storage = result.untyped_storage()
+            self.logits[storage.data_ptr()] = storage.nbytes() // result.element_size()
+            self.num_products += 1
+        if isinstance(result, torch.Tensor):
+            self.made.add((result.dtype, tuple(result.shape)))
         if func is torch.ops.aten.mul.Tensor:
-            self.scaled.append(tuple(result.shape))
+            self.scaled.add(tuple(result.shape))
         return result
 
 
 def test_one_chunks_logits_live_at_a_time_and_no_gradient_is_copied(monkeypatch):
     monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", 4 * V)
     batch = make_batch()
-    with Living() as seen:
+    with Memory() as seen:
         compute_ours(DistillationLoss(2.0, 0.8, 0.2), batch, N).total.backward()
-    assert len(seen.results) == 2 * math.ceil(N / 4) and seen.most == 2
-    assert not {tuple(leaf.shape) for leaf in batch[:2]} & {*seen.scaled}
+    assert seen.num_products == 2 * math.ceil(N / 4) and [*seen.logits.values()] == [4 * V] * 2
+    assert not {tuple(leaf.shape) for leaf in batch[:2]} & seen.scaled
+
+
+def test_neither_a_matrix_nor_its_gradient_is_copied_whole_in_the_type_of_the_products(monkeypatch):
+    tile = V // 3
+    monkeypatch.setitem(distillation._TILE_ROWS, "cpu", tile)
+    batch = make_batch(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), Memory() as seen:
+        compute_ours(DistillationLoss(2.0, 0.8, 0.2), batch, N).total.backward()
+    narrow = {shape for dtype, shape in seen.made if dtype == torch.bfloat16}
+    for matrix in (batch[1], batch[4]):
+        assert tuple(matrix.shape) not in narrow
+        assert (tile, matrix.shape[1]) in narrow
+
+
+@pytest.mark.parametrize("tile", [1, 3, V - 1, V, V + 1])
+def test_rows_a_tile_change_nothing(tile, monkeypatch):
+    def compute(rows):
+        monkeypatch.setitem(distillation._TILE_ROWS, "cpu", rows)
+        batch = make_batch()
+        parts = compute_ours(DistillationLoss(2.0, 0.8, 0.2, 0.1), batch, N)
+        parts.total.backward()
+        return *parts, batch[0].grad, batch[1].grad
+
+    for ours, whole in zip(compute(tile), compute(V), strict=True):
+        torch.testing.assert_close(ours, whole)
+
+
+def test_a_batch_without_tokens_has_a_loss_and_gradients_of_zero():
+    hidden, matrix, targets, teacher_hidden, teacher_matrix = make_batch()
+    batch = hidden[:0], matrix, targets[:0], teacher_hidden[:0], teacher_matrix
+    total = compute_ours(DistillationLoss(2.0, 0.8, 0.2), batch, 1).total
+    total.backward()
+    assert total == 0.0 and not matrix.grad.any()
 
 
 def test_float32_is_close_to_float64_also_for_large_logits():
