@@ -111,11 +111,8 @@ def forbid_specials(logits: Tensor) -> Tensor:
 def _choose(model: CvmTransformer, hidden: Tensor, state: DecoderState) -> Tensor:
     """The best tokens (R,) after hidden states (R, D)."""
     embedding: nn.Module = model.embedding
-    screen = embedding.find_screen(len(hidden)) if isinstance(embedding, PackedEmbedding) else None
-    if screen is not None:
-        chosen = screen.choose(hidden, _FORBIDDEN)
-        if None not in chosen:
-            return torch.tensor(chosen)
+    if isinstance(embedding, PackedEmbedding):
+        return embedding.choose(hidden, _FORBIDDEN)
     logits = forbid_specials(model.embedding.project(hidden, state.matrix))
     if logits.device.type != "cpu":
         return logits.argmax(-1)
