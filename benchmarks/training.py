@@ -9,8 +9,8 @@ measured so and with the teacher's stored states, whose computation is timed apa
     python -m benchmarks.training [--teacher spec_teacher] [--joeynmt /path/to/python]
 
 Systems take turns, a process each; medians of the rounds are compared. Seq2SeqTrainer needs the extra `peers`. Joey
-NMT, whose student has the same sizes, is run where --joeynmt names an interpreter that has it (`pip install joeynmt` in
-an environment of its own); otherwise the table says that it was not.
+NMT, whose student has the same sizes, is run where --joeynmt names an interpreter that has it (in an environment of its
+own: `pip install joeynmt importlib-metadata`); otherwise the table says that it was not.
 """
 
 from __future__ import annotations

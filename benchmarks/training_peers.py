@@ -127,7 +127,8 @@ def check_joeynmt(python: Path) -> None:
         raise BenchmarkError(f"--joeynmt {python}: {error.strerror}: name a Python interpreter") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-        raise BenchmarkError(f"--joeynmt {python}: it has no Joey NMT ({reason}): {python} -m pip install joeynmt")
+        remedy = f"{python} -m pip install joeynmt importlib-metadata"  # the second one it does not ask for itself
+        raise BenchmarkError(f"--joeynmt {python}: it has no Joey NMT ({reason}): {remedy}")
 
 
 def run_joeynmt(parts: Parts, folder: Path, python: Path) -> dict[str, float]:

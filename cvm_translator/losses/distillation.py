@@ -14,8 +14,8 @@ so the forward pass computes it at once, a chunk of tokens at a time: the chunk'
 them, and from it the gradients of the hidden states and of the matrix (a float32 sum over the chunks). At most one
 chunk's logits of the student and of the teacher exist together, and nothing of size N × V waits for the backward pass,
 which hands out what is there (the idea is that of Liger Kernel, Hsu et al., 2024, arXiv:2410.10989). On a CPU the
-matrices are gone through a few rows at a time, so that neither their copies in the type of the products nor the
-products that are added up exist as a whole, and both are still in the processor's cache when they are used. Softmax
+matrices are gone through some rows at a time, so that neither their copies in the type of the products nor the products
+that are added up (also in float32) exist as a whole, and both are still in the processor's cache when used. Softmax
 maths is in float32 (float64 for float64 input) on blocks of rows that stay in the processor's cache, or on CUDA in one
 kernel (see `one_kernel`). Logits are products in autocast's type where autocast is on.
 
@@ -41,9 +41,12 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 """Logits handled together, by device type; 1 MiB of float32 on a CPU."""
 _DEFAULT_BLOCK_ELEMENTS = 1 << 26
 _CHUNK_ELEMENTS = {"cpu": 1 << 23}
-"""Logits of one chunk of tokens, by device type: 16 MiB of bfloat16 on a CPU. Up to twice as many stay together: each
-chunk reads the matrices anew, which a usual batch on a CPU, of some hundred tokens, then does once."""
+"""Logits of one chunk of tokens, by device type: 16 MiB of bfloat16 on a CPU. Smaller ones would add up the matrix's
+gradient more often."""
 _DEFAULT_CHUNK_ELEMENTS = 1 << 27
+_UNDIVIDED_CHUNKS = {"cpu": 2}
+"""Up to so many chunks stay one, by device type: a chunk reads the matrices anew, and a usual batch on a CPU, of some
+hundred tokens, is to do so once."""
 _TILE_ROWS = {"cpu": 2048}
 """Rows of a matrix (V, D) that are multiplied at once, by device type; elsewhere all."""
 _BALANCE_ELEMENTS = 1 << 22
@@ -81,7 +84,9 @@ def _find_product_type(values: Tensor) -> torch.dtype:
 def _chunk_rows(matrix: Tensor, num_tokens: int) -> int:
     """The same number in every chunk, or nearly."""
     most = max(1, _CHUNK_ELEMENTS.get(matrix.device.type, _DEFAULT_CHUNK_ELEMENTS) // matrix.shape[0])
-    return max(1, num_tokens) if num_tokens <= 2 * most else math.ceil(num_tokens / math.ceil(num_tokens / most))
+    if num_tokens <= _UNDIVIDED_CHUNKS.get(matrix.device.type, 1) * most:
+        return max(1, num_tokens)
+    return math.ceil(num_tokens / math.ceil(num_tokens / most))
 
 
 def _block_rows(logits: Tensor) -> int:
@@ -89,7 +94,11 @@ def _block_rows(logits: Tensor) -> int:
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+    return values.to(_wide_type(values))
+
+
+def _wide_type(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -152,9 +161,10 @@ class _TaskAndDistillation(torch.autograd.Function):
         settings: DistillationLoss,
         num_tokens: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        grads = tuple(
-            torch.empty_like(leaf) if is_needed else None
-            for leaf, is_needed in zip((hidden, matrix), ctx.needs_input_grad, strict=False)
+        leaves = hidden, matrix
+        sums = tuple(
+            torch.empty_like(leaf, dtype=_wide_type(leaf)) if is_needed else None
+            for leaf, is_needed in zip(leaves, ctx.needs_input_grad, strict=False)
         )
         tiled = _Matrix.of(matrix)
         memory = tiled.new_logits(hidden.shape[0])
@@ -165,13 +175,15 @@ class _TaskAndDistillation(torch.autograd.Function):
                 logits = tiled.multiply(inputs, memory)
                 known = None if teacher is None else teacher[chunk]
                 parts += _write_gradients(settings, logits, targets[chunk], known)
-                _add_gradients(grads, chunk, logits, inputs, tiled)
+                _add_gradients(sums, chunk, logits, inputs, tiled)
         distillation, task, num_correct = (torch.stack(part).sum() for part in zip(*parts, strict=True))
         total = (settings.alpha * distillation + settings.beta * task) / num_tokens
-        for grad in grads:
-            if grad is not None:
-                grad.mul_(1.0 / num_tokens)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(
+            *(
+                None if gradient is None else gradient.mul_(1.0 / num_tokens).to(leaf.dtype)
+                for gradient, leaf in zip(sums, leaves, strict=True)
+            )
+        )
         ctx.mark_non_differentiable(distillation, task, num_correct)
         return total, distillation, task, num_correct
 
@@ -184,10 +196,12 @@ class _TaskAndDistillation(torch.autograd.Function):
 
 
 def _add_gradients(
-    grads: tuple[Tensor | None, ...], chunk: slice, logits: Tensor, inputs: Tensor, matrix: _Matrix
+    sums: tuple[Tensor | None, ...], chunk: slice, logits: Tensor, inputs: Tensor, matrix: _Matrix
 ) -> None:
     """Write those of a chunk's hidden states and add that of the matrix, from the logits' (n, V)."""
-    grad_hidden, grad_matrix = grads
+    grad_hidden, grad_matrix = sums
+    if grad_hidden is None and grad_matrix is None:
+        return
     for rows, tile in matrix.tiles():
         if grad_hidden is not None:
             _add(grad_hidden[chunk], logits[:, rows] @ tile, is_first=rows.start == 0)

@@ -55,7 +55,9 @@ class PackedEmbedding(nn.Module):
         self._may_screen = can_screen(self._plain)
         self._screen: OutputScreen | None = None
         self._num_small = 0
-        self._longest = float(torch.linalg.vector_norm(self._plain, dim=1, dtype=torch.float32).amax())
+        self._longest = math.nan  # the longest row, which only rounded logits ask for
+        if self._plain.dtype == torch.bfloat16:
+            self._longest = float(torch.linalg.vector_norm(self._plain, dim=1, dtype=torch.float32).amax())
 
     def choose(self, hidden: Tensor, forbidden: list[int]) -> Tensor:
         """The best tokens (R,) after hidden states (R, D), exactly: see `screening`."""

@@ -101,8 +101,9 @@ def choose_among_rounded(logits: Tensor, hidden: Tensor, weight: Tensor, longest
     x = hidden.float()
     of_sums = weight.shape[1] * 2.0**-23 * x.norm(dim=1, keepdim=True)
     of_states = (x - x.to(torch.bfloat16)).norm(dim=1, keepdim=True)
-    margins = 2.1 * (_OUTPUT_ROUNDING * best.abs() + longest * (of_states + of_sums))  # of both logits, and of bounds
-    rows, tokens = np.nonzero((wide >= best - margins).numpy())
+    # Both logits err, hence 2; 0.1 is for those below 0, whose own rounding is larger than the best one's.
+    margins = 2.1 * (_OUTPUT_ROUNDING * best.abs() + longest * (of_states + of_sums))
+    rows, tokens = np.nonzero(((wide >= best - margins) & (wide > -math.inf)).numpy())
     ends = np.searchsorted(rows, np.arange(len(chosen) + 1))
     for row in np.flatnonzero(np.diff(ends) > 1):
         candidates = torch.from_numpy(tokens[ends[row] : ends[row + 1]])

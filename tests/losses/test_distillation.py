@@ -45,13 +45,20 @@ def compute_ours(loss: DistillationLoss, batch: tuple[Tensor, ...], num_tokens: 
     )
 
 
+def cut_small(monkeypatch):
+    """Three chunks of up to 9 tokens, in blocks of 5 and tiles of 10 rows of the matrix."""
+    monkeypatch.setitem(distillation._BLOCK_ELEMENTS, "cpu", 5 * V)
+    monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", 9 * V)
+    monkeypatch.setitem(distillation._TILE_ROWS, "cpu", 10)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 6.0])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.8, 0.2), (1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize(("block_elements", "chunk_elements"), [(1 << 18, 1 << 25), (5 * V, 9 * V)])
-def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, block_elements, chunk_elements):
-    monkeypatch.setitem(distillation._BLOCK_ELEMENTS, "cpu", block_elements)
-    monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", chunk_elements)
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, is_cut):
+    if is_cut:
+        cut_small(monkeypatch)
     batch, twin = make_batch(), make_batch()
     parts = compute_ours(DistillationLoss(temperature, alpha, beta, smoothing), batch, num_tokens=50.0)
     divergence, task = compute_reference(twin, temperature, smoothing)
@@ -71,7 +78,7 @@ def test_value_and_gradient(monkeypatch, temperature, alpha, beta, smoothing, bl
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
 @pytest.mark.parametrize("beta", [0.0, 0.4])
 def test_gradcheck(monkeypatch, divergence, beta):
-    monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", 9 * V)
+    cut_small(monkeypatch)
     hidden, matrix, targets, teacher_hidden, teacher_matrix = make_batch()
     loss = DistillationLoss(2.5, 0.7, beta, 0.1, divergence)
 
@@ -79,6 +86,16 @@ def test_gradcheck(monkeypatch, divergence, beta):
         return compute_ours(loss, (hidden, matrix, targets, teacher_hidden, teacher_matrix), 7.0).total
 
     assert torch.autograd.gradcheck(run, (hidden, matrix))
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_gradient_alone_is_the_same(monkeypatch, asked):
+    cut_small(monkeypatch)
+    both, one = make_batch(), make_batch()
+    one[1 - asked].requires_grad_(False)
+    for batch in (both, one):
+        compute_ours(DistillationLoss(2.0, 0.8, 0.2), batch, N).total.backward()
+    assert torch.equal(one[asked].grad, both[asked].grad) and one[1 - asked].grad is None
 
 
 class LargestTensor(TorchDispatchMode):
@@ -102,7 +119,7 @@ def test_the_logits_of_all_tokens_never_exist_together(monkeypatch):
 
 
 class Memory(TorchDispatchMode):
-    """Where products of V columns are written, what is made of which shape and type, and what is scaled whole."""
+    """Where logits are written, what is made of which shape and type, and what is scaled whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +151,7 @@ def test_one_chunks_logits_live_at_a_time_and_no_gradient_is_copied(monkeypatch)
 
 
 def test_neither_a_matrix_nor_its_gradient_is_copied_whole_in_the_type_of_the_products(monkeypatch):
-    tile = V // 3
+    tile = 10
     monkeypatch.setitem(distillation._TILE_ROWS, "cpu", tile)
     batch = make_batch(torch.float32)
     with torch.autocast("cpu", torch.bfloat16), Memory() as seen:
@@ -156,6 +173,21 @@ def test_rows_a_tile_change_nothing(tile, monkeypatch):
 
     for ours, whole in zip(compute(tile), compute(V), strict=True):
         torch.testing.assert_close(ours, whole)
+
+
+def test_a_gradient_of_bfloat16_is_added_up_in_float32(monkeypatch):
+    monkeypatch.setitem(distillation._TILE_ROWS, "cpu", 1)
+    monkeypatch.setitem(distillation._CHUNK_ELEMENTS, "cpu", V)
+    monkeypatch.setitem(distillation._UNDIVIDED_CHUNKS, "cpu", 1)
+    num_tokens = 1000  # summands of one sign: in bfloat16 their sum would stop growing at some 256 of them
+    hidden = torch.full((num_tokens, 1), 0.5, dtype=torch.bfloat16)
+    matrix = torch.zeros(V, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(num_tokens, dtype=torch.long)
+    DistillationLoss(1.0, 0.0, 1.0)(hidden, matrix, targets, num_tokens=num_tokens).total.backward()
+    expected = torch.full((V, 1), 0.5 / V)
+    expected[0] -= 0.5
+    assert matrix.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(matrix.grad.float(), expected, rtol=0.02, atol=0.0)
 
 
 def test_a_batch_without_tokens_has_a_loss_and_gradients_of_zero():

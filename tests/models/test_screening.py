@@ -13,7 +13,7 @@ from cvm_translator.models import packing, screening
 from cvm_translator.models.decoding import translate_ids
 from cvm_translator.models.initialization import init_random
 from cvm_translator.models.packing import PackedEmbedding
-from cvm_translator.models.screening import OutputScreen, can_screen, choose_among_rounded
+from cvm_translator.models.screening import OutputScreen, can_screen
 from cvm_translator.models.transformer import EOS_ID, CvmTransformer
 from cvm_translator.quantization.kernels import has_four_bit_kernel
 
@@ -73,52 +73,6 @@ def test_none_where_all_or_no_tokens_are_candidates() -> None:
     hidden[1, 0], hidden[2, 0], hidden[3, 0] = math.nan, math.inf, 3.0
     screened = screen.choose(hidden, FORBIDDEN)
     assert screened[:3] == [None] * 3 and screened[3] is not None
-
-
-def test_among_rounded_logits_the_exactly_best_token_is_chosen() -> None:
-    generator = torch.Generator().manual_seed(4)
-    weight = torch.randn(3000, 64, generator=generator).bfloat16()
-    weight[1000:2000] = weight[:1000]  # twins, but for one element
-    weight[1000:2000, 0] += 0.01
-    hidden = weight[:400].float() + 0.5 * torch.randn(400, 64, generator=generator)
-    logits = hidden.bfloat16() @ weight.T
-    logits[:, FORBIDDEN] = -math.inf
-    true = hidden.double() @ weight.double().T
-    true[:, FORBIDDEN] = -math.inf
-    longest = float(weight.float().norm(dim=1).amax())
-    assert choose_among_rounded(logits, hidden, weight, longest).tolist() == true.argmax(1).tolist()
-    assert int((logits.float().argmax(1) != true.argmax(1)).sum()) > 50  # what rounding alone would choose
-
-
-def test_logits_that_are_not_finite_choose_something() -> None:
-    logits = torch.zeros(3, 10, dtype=torch.bfloat16)
-    logits[0, 4], logits[1, 5] = math.nan, math.inf
-    chosen = choose_among_rounded(logits, torch.zeros(3, 64), torch.zeros(10, 64, dtype=torch.bfloat16), 0.0)
-    assert chosen.tolist() == [4, 5, 0]
-
-
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_a_bfloat16_model_chooses_what_is_exactly_best(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_LEAST_ELEMENTS", {torch.bfloat16: 0})
-    model = CvmTransformer(ModelConfig(dim=64, num_heads=4, feed_forward_dim=128, decoder_layers=2), 500)
-    init_random(model, 3)
-    with torch.no_grad():
-        model.embedding.weight[EOS_ID].zero_()
-        model.embedding.weight[300:] = model.embedding.weight[100:300] * 1.001
-    model.embedding.to(torch.bfloat16)
-    chosen: list[Tensor] = []
-
-    def choose(logits: Tensor, hidden: Tensor, weight: Tensor, longest: float) -> Tensor:
-        chosen.append(hidden)
-        tokens = choose_among_rounded(logits, hidden, weight, longest)
-        exact = hidden @ weight.float().T
-        exact[:, FORBIDDEN] = -math.inf
-        assert tokens.tolist() == exact.argmax(1).tolist()
-        return tokens
-
-    monkeypatch.setattr(packing, "choose_among_rounded", choose)
-    translate_ids(model, [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14, 15, 16, 17], [18]], batch_size=batch_size)
-    assert chosen
 
 
 def test_what_can_be_screened(monkeypatch: pytest.MonkeyPatch) -> None:
