@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import common, evidence
 from benchmarks.machine import describe_machine, read_machine
 from benchmarks.training_problem import ALPHA, BETA, TEMPERATURE, Parts, add_problem_options, read_problem
+from cvm_translator.cli.memory import keep_freed_memory
 from cvm_translator.config.model_presets import MODEL_PRESETS
 from cvm_translator.config.schema import TrainingConfig
 from cvm_translator.losses import DistillationLoss
@@ -63,6 +64,7 @@ def find_group(operation: str) -> str:
 
 def measure(options: Any) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the command line does
     machine = read_machine()
     problem = read_problem(options)
     parts = Parts.build(problem)

@@ -44,6 +44,7 @@ from benchmarks.training_problem import (
 )
 from cvm_translator.checkpoints.folder import LoadedCheckpoint
 from cvm_translator.checkpoints.store import CheckpointStore, SavedCheckpoint, checkpoint_name
+from cvm_translator.cli.memory import keep_freed_memory
 from cvm_translator.config.model_presets import MODEL_PRESETS
 from cvm_translator.config.schema import GuardConfig, ModelConfig, TrainingConfig
 from cvm_translator.corpus.batches import BatchSchedule
@@ -122,11 +123,13 @@ def run_ours(
     is_compiled: bool = False,
     device: torch.device = CPU,
 ) -> dict[str, float]:
-    """The product's own loop, checkpoints and validations left out; each step's loss is added to `losses`.
+    """The product's own loop, checkpoints and validations left out; each step's loss is added to `losses`. Freed memory
+    is kept, as by the command line.
 
     `stored`: states of the teacher that are there, or how to make them. `is_budgeted`: batches of as many padded tokens
     as the wanted number of sentences has on average. `device`: where the models of `parts` are.
     """
+    keep_freed_memory()
     problem, tokens = parts.problem, list[int]()
     watch = Stopwatch(problem.num_warm_up)
     figures: dict[str, float] = {}

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
+from cvm_translator.cli.memory import keep_freed_memory
 from cvm_translator.cli.models import MAX_LINE_BYTES, translate_stream
 from cvm_translator.cli.parser import build_parser
 from cvm_translator.cli.tell import tell
@@ -38,6 +39,7 @@ __all__ = ["MAX_LINE_BYTES", "build_parser", "find_exit_code", "main", "translat
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Wrong usage leaves through SystemExit with code 2, as argparse does."""
     shorten_spinning()
+    keep_freed_memory()
     options = build_parser().parse_args(arguments)
     has_supervisor = is_supervised()
     try:
