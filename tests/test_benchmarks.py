@@ -299,10 +299,8 @@ def test_what_a_run_spent_is_read_from_its_events() -> None:
     assert stage["validation_share_of_stage"] == 0.1 and stage["validation_share_of_run"] == 0.05
     assert stage["checkpoint_share_of_stage"] == pytest.approx(0.002)
     assert stage["steps_per_second"] == [2.0, 2.0] and stage["memory_mib"] == [115.5, 195.5]
-    *good, memory = validation.check({"distil": stage}, 0.05).values()
-    assert good == [[], [], []] and memory == ["no stage has so many"]
-    *_, memory = validation.check({"teacher": stage, "distil": stage | {"num_steps": 10_000}}, 0.05).values()
-    assert memory == ["distil: 1.69"]
+    failures = validation.check({"distil": stage}, 0.05)
+    assert [bool(found) for found in failures.values()] == [False, False, False, True]
     with pytest.raises(validation.BenchmarkError, match="told its progress only 0 times"):
         validation.measure_stage([], "distil", {"distil": 1.0}, last_step=1)
 

@@ -1,8 +1,8 @@
 """What becomes of memory that is freed: the process keeps it, to use it again.
 
 A training step frees hundreds of MiB of activations and gradients and asks for them again at once. The C library gives
-such memory back to the system, which hands it out page by page and zeroed: with 60 million parameters 18,000 to 40,000
-page faults a step, 4 to 8 % of its time (`python -m benchmarks.training`, which does as the command line does).
+such memory back to the system, which hands it out again page by page and zeroed, with a fault for each page. What
+`python -m benchmarks.training` measures is done with the memory kept, as by the command line.
 """
 
 from __future__ import annotations
