@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cvm_translator.models.screening import MAX_ROWS, OutputScreen, can_screen, choose_among_rounded
+from cvm_translator.models.screening import MAX_ROWS, OutputScreen, can_screen, choose_among_rounded, find_largest
 from cvm_translator.quantization import QuantizableLinear, TiedEmbedding
 from cvm_translator.quantization.convert import replace_layers
 
@@ -70,7 +70,7 @@ class PackedEmbedding(nn.Module):
         logits[:, forbidden] = -math.inf
         if logits.dtype == torch.bfloat16:
             return choose_among_rounded(logits, hidden, self._plain, self._longest)
-        return torch.from_numpy(logits.numpy().argmax(-1))  # in a tenth of the time that PyTorch takes for it
+        return find_largest(logits)
 
     def _find_screen(self, num_rows: int) -> OutputScreen | None:
         """What finds the best tokens of so few hidden states faster than `project`, once they are asked for so often

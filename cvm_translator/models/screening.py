@@ -89,6 +89,11 @@ class OutputScreen:
         return chosen
 
 
+def find_largest(logits: Tensor) -> Tensor:
+    """Of each row (R, V) on a CPU the place of the largest, (R,): in a tenth of the time that PyTorch takes for it."""
+    return torch.from_numpy(logits.float().numpy().argmax(-1))
+
+
 def choose_among_rounded(logits: Tensor, hidden: Tensor, weight: Tensor, longest: float) -> Tensor:
     """The best tokens (R,) by their bfloat16 logits (R, V) and, where those leave several, by exact ones.
 
@@ -96,7 +101,7 @@ def choose_among_rounded(logits: Tensor, hidden: Tensor, weight: Tensor, longest
     logits are −∞ are not chosen, unless all are.
     """
     wide = logits.float()
-    chosen = torch.from_numpy(wide.numpy().argmax(-1))  # in a tenth of the time that PyTorch takes for it
+    chosen = find_largest(wide)
     best = wide.gather(1, chosen[:, None])
     x = hidden.float()
     of_sums = weight.shape[1] * 2.0**-23 * x.norm(dim=1, keepdim=True)
