@@ -21,6 +21,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -139,6 +140,34 @@ def write_checkpoint(
     return manifest
 
 
+def write_amended(folder: Path, source: Path, old: Manifest, plain: Mapping[str, Any], *, is_best: bool) -> Manifest:
+    """Write into `folder`, which must not exist, a checkpoint with other plain data and the tensors of `source`.
+
+    Tensors are hard links where the file system has them. Raises as `write_checkpoint`; nothing of `source` changes.
+    """
+    _require_plain(plain, "plain")
+    files = dict(old.files)
+    try:
+        folder.mkdir(parents=True)
+        for name in files.keys() - {STATE}:
+            try:
+                os.link(source / name, folder / name)
+            except OSError:
+                _write_file(folder / name, partial(_copy, source / name))
+        files[STATE] = _write_file(folder / STATE, lambda stream: stream.write(_state_bytes(plain)))
+        manifest = Manifest(old.step, old.attempt, is_best, files)
+        _write_file(folder / MANIFEST, lambda stream: stream.write(_manifest_bytes(manifest)))
+        fsync_directory(folder)
+    except OSError as error:
+        raise write_error(folder.parent, old.step, error) from error
+    return manifest
+
+
+def _copy(source: Path, stream: Any) -> None:
+    with open(source, "rb") as original:
+        shutil.copyfileobj(original, stream, 1 << 20)
+
+
 def write_error(directory: Path, step: int, error: OSError) -> CheckpointError:
     """The error to raise when a checkpoint could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -181,8 +210,12 @@ def _serialisers(
         parts[f"{name}.safetensors"] = partial(_write_safetensors, group)
     for name, state in torch_states.items():
         parts[f"{name}.pt"] = partial(torch.save, state)
-    parts[STATE] = lambda stream: stream.write(json.dumps(plain, indent=1).encode())
+    parts[STATE] = lambda stream: stream.write(_state_bytes(plain))
     return parts
+
+
+def _state_bytes(plain: Mapping[str, Any]) -> bytes:
+    return json.dumps(plain, indent=1).encode()
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], stream: Any) -> None:
@@ -295,6 +328,12 @@ def verify_checkpoint(path: Path) -> Manifest:
 def load_checkpoint(path: Path) -> LoadedCheckpoint:
     """Verify a checkpoint folder, then load all of it. Only reads, so it may be used while a run is writing."""
     return load_verified(path, verify_checkpoint(path))
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """The plain data alone of a checkpoint that `verify_checkpoint` has just found whole."""
+    plain: dict[str, Any] = json.loads((path / STATE).read_bytes())
+    return plain
 
 
 def load_verified(path: Path, manifest: Manifest) -> LoadedCheckpoint:

@@ -30,7 +30,9 @@ from cvm_translator.checkpoints.folder import (
     Manifest,
     load_checkpoint,
     load_verified,
+    read_plain,
     verify_checkpoint,
+    write_amended,
     write_checkpoint,
     write_error,
 )
@@ -139,6 +141,27 @@ class CheckpointStore:
             raise
         self._remove_old()
         return SavedCheckpoint(self.directory / name, manifest.num_bytes, time.monotonic() - start)
+
+    def amend(self, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> SavedCheckpoint:
+        """Put `change(plain)` in the place of a checkpoint's plain data, and make it the best.
+
+        Raises CheckpointError where the checkpoint is missing or damaged, else as `save`; the old one then stays.
+        """
+        start = time.monotonic()
+        path, temporary = self.directory / name, self.directory / f"{TEMPORARY_PREFIX}{name}"
+        old = verify_checkpoint(path)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            plain = change(read_plain(path))
+            manifest = write_amended(temporary, path, old, plain, is_best=True)
+            self._commit(temporary, name, manifest)
+            self._point(BEST, name)
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise write_error(self.directory, old.step, error) from error
+            raise
+        return SavedCheckpoint(path, manifest.num_bytes, time.monotonic() - start)
 
     def _commit(self, temporary: Path, name: str, manifest: Manifest) -> None:
         """Rename into place and read back. An older folder of that name stands aside until the new one has verified."""

@@ -557,6 +557,10 @@ class RunConfig(Settings):
     compile: Literal["auto"] | bool = "auto"
     """Train through PyTorch's compiler, which takes a minute at each start. auto: on CUDA, in loops of at least 1,000
     steps; it was measured to gain there, and not on CPUs."""
+    score_beside_training: Literal["auto"] | bool = "auto"
+    """Compute a validation's scores in a process of its own while training goes on; the verdict is acted on a tenth of
+    the distance between two validations later, so that a rollback undoes a tenth more. auto: on a GPU, where two cores
+    are free beside the one that feeds it; on a CPU ask for it where `num_threads` leaves cores free."""
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     teacher: TeacherConfig = TeacherConfig()

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -22,6 +19,7 @@ import loky
 from loky.process_executor import BrokenProcessPool
 
 from cvm_translator.errors import CorpusError
+from cvm_translator.runs.followers import follow
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,7 +27,6 @@ Result = TypeVar("Result")
 ITEMS_PER_WORKER = 2
 MAX_WORKERS = 16
 """The caller reads and writes what they work on, and is busy with so many."""
-WATCH_SECONDS = 1.0
 
 
 def map_in_order(
@@ -43,7 +40,7 @@ def map_in_order(
     if num_workers < 2:
         yield from map(function, items)
         return
-    executor = loky.ProcessPoolExecutor(num_workers, initializer=_follow, initargs=(os.getpid(),))
+    executor = loky.ProcessPoolExecutor(num_workers, initializer=follow, initargs=(os.getpid(),))
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -59,16 +56,3 @@ def map_in_order(
         ) from error
     finally:
         executor.shutdown(wait=True, kill_workers=True)
-
-
-def _follow(caller: int) -> None:
-    """Leave the signals to the caller; leave when it is gone, which nobody else would tell a process that waits."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == caller:
-            time.sleep(WATCH_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

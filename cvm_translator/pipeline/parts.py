@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import loky
+import torch
+
 from cvm_translator.checkpoints.store import CheckpointStore
 from cvm_translator.config.schema import ModelConfig, TrainingConfig
 from cvm_translator.corpus.batches import BatchSchedule
@@ -22,6 +25,10 @@ from cvm_translator.pipeline.text import Corpus
 from cvm_translator.runs.micro_batches import read_factors
 from cvm_translator.training.judges import Deploy, ValidationJudge
 from cvm_translator.validation import DistillationValidator, ValidationConfig
+from cvm_translator.validation.scoring import ScoringProcess
+
+LEAST_FREE_CORES = 2
+"""Left free by training on a GPU, for scores to be computed beside it without being asked for."""
 
 Training = TypeVar("Training", bound=TrainingConfig)
 Perplexity = Callable[[CvmTransformer], float | None]
@@ -118,7 +125,19 @@ def build_judge(
         deploy,
         find_perplexity,
         beat=lambda: context.go_on("validation"),
+        scoring=build_scoring(context, validator),
     )
+
+
+def build_scoring(context: RunContext, validator: DistillationValidator) -> ScoringProcess | None:
+    """The process that scores while training goes on, where the config asks for it or a GPU leaves the cores free."""
+    on_cpu, wanted = context.device.type == "cpu", context.config.score_beside_training
+    num_free = loky.cpu_count() - (torch.get_num_threads() if on_cpu else 1)
+    if wanted is False or (wanted == "auto" and (on_cpu or num_free < LEAST_FREE_CORES)):
+        return None
+    num_threads = max(1, num_free)
+    context.note(f"scores are computed beside training, by a process of {num_threads} threads")
+    return ScoringProcess(validator.config, validator.sources, validator.references, num_threads)
 
 
 def cut_for_memory(context: RunContext, stage_name: str, settings: Training, batches: BatchSchedule) -> Training:

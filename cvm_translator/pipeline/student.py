@@ -110,6 +110,8 @@ def _run_loop(
     context.note(describe_preflight(preflight))
     if stored is not None:
         fill_stored(context, teacher, dataset, stored)
+    deploy = build_deploy(config.quantization, calibration)
+    judge = build_judge(context, "distil", validator, corpus, tokenizer, find_perplexity, deploy)
     asked = teacher.model if loss.needs_teacher and not isinstance(stored, TeacherTopTargets) else None
     seed_everything(config.seed)
     loop = TrainingLoop(
@@ -124,15 +126,8 @@ def _run_loop(
             read_stored=None if stored is None else stored.read,
             store=store,
             events=context.events,
-            judge=build_judge(
-                context,
-                "distil",
-                validator,
-                corpus,
-                tokenizer,
-                find_perplexity,
-                build_deploy(config.quantization, calibration),
-            ),
+            judge=judge,
+            late=judge,
             stop=context.stop,
             heartbeat=context.heartbeat,
             control=context.control,

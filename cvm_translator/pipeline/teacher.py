@@ -157,6 +157,7 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
     validator = build_validator(context, corpus, tokenizer, settings, context.layout.teacher / "validation")
     find_perplexity = build_perplexity(context, corpus, tokenizer, config.model)
     batches = build_batches(context, dataset, config.training, config.seed)
+    judge = build_judge(context, "teacher", validator, corpus, tokenizer, find_perplexity, deploy_as_it_is)
     seed_everything(config.seed)
     loop = TrainingLoop(
         LoopSetup(
@@ -170,7 +171,8 @@ def _train_teacher(context: RunContext, corpus: Corpus, tokenizer: Tokenizer, fo
             batches=batches,
             store=build_store(context, context.layout.teacher / "checkpoints"),
             events=context.events,
-            judge=build_judge(context, "teacher", validator, corpus, tokenizer, find_perplexity, deploy_as_it_is),
+            judge=judge,
+            late=judge,
             stop=context.stop,
             heartbeat=context.heartbeat,
             control=context.control,

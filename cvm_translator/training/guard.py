@@ -64,6 +64,35 @@ class Judge(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+Translated = dict[str, Any]
+"""What a model said on the validation set, with what else was measured of it: plain data, part of a checkpoint."""
+
+
+class LateJudge(Protocol):
+    """A judge whose verdict comes some steps after the translation it is about, while training goes on."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether scores are computed beside training; what was left by a run that did so is concluded in any case."""
+        ...
+
+    def translate(self, model: CvmTransformer, bits: int) -> Translated:
+        """Decode the validation set with the model as deployed at `bits`; nothing is remembered."""
+        ...
+
+    def begin_scoring(self, translated: Translated) -> None:
+        """Return at once; the scores are computed meanwhile."""
+        ...
+
+    def conclude(self, step: int, attempt: int, translated: Translated) -> Judgement:
+        """The judgement of that step, whose scores are waited for."""
+        ...
+
+    def close(self) -> None:
+        """End what scores."""
+        ...
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a rollback changes."""

@@ -2,6 +2,8 @@
 
 Teachers and students share it. What is scored is the deployed model: for a student that is to ship in int8, the int8
 model itself and its integer arithmetic, never the float weights it was trained from.
+
+Where there is a scoring process, a judgement comes in two halves: `translate` at a step, `conclude` some steps later.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from cvm_translator.corpus.tokenizer import Tokenizer
 from cvm_translator.models.decoding import translate_texts
 from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.events import EventWriter
-from cvm_translator.training.guard import Judgement
+from cvm_translator.training.guard import Judgement, Translated
 from cvm_translator.training.state import LoopState
 from cvm_translator.validation.result import ValidationResult
+from cvm_translator.validation.scoring import Scored, ScoringFailed, ScoringProcess
 from cvm_translator.validation.validator import DistillationValidator
 
 Deploy = Callable[[CvmTransformer, int], CvmTransformer]
@@ -38,9 +41,10 @@ class ValidationJudge:
         deploy: Deploy,
         find_perplexity: Callable[[CvmTransformer], float | None],
         beat: Callable[[], object] | None = None,
+        scoring: ScoringProcess | None = None,
     ) -> None:
-        """`find_perplexity` is that of the validation set; `beat` is called before each batch that is decoded, and what
-        it raises ends the validation."""
+        """`find_perplexity` is that of the validation set; `beat` is called before each batch that is decoded and while
+        scores are waited for, and what it raises ends the validation. `scoring`: where training goes on meanwhile."""
         self.stage = stage
         self.events = events
         self.validator = validator
@@ -48,16 +52,71 @@ class ValidationJudge:
         self.deploy = deploy
         self.find_perplexity = find_perplexity
         self.beat = beat
+        self.scoring = scoring
+
+    @property
+    def is_late(self) -> bool:
+        return self.scoring is not None
 
     def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
-        result = self._validate(state, model, bits, self.validator.validate, is_asked=False)
+        return self._conclude(state.step, state.attempt, self.translate(model, bits), self.validator.score)
+
+    def translate(self, model: CvmTransformer, bits: int) -> Translated:
+        """What the model says as deployed, as plain data: the half of a judgement that needs the model."""
+        start = time.monotonic()
+        deployed = self.deploy(model, bits)
+        perplexity = self.find_perplexity(deployed)
+        hypotheses, timing = self.validator.translate(self._translator(deployed))
+        return {
+            "hypotheses": hypotheses,
+            "timing": timing,
+            "extra": {} if perplexity is None else {"perplexity": perplexity},
+            "seconds": time.monotonic() - start,
+        }
+
+    def begin_scoring(self, translated: Translated) -> None:
+        assert self.scoring is not None
+        self.scoring.submit(translated["hypotheses"])
+
+    def conclude(self, step: int, attempt: int, translated: Translated) -> Judgement:
+        """The judgement of what was translated at a step, once its scores are there."""
+        if self.scoring is None:  # a resumed run that scores between two steps
+            return self._conclude(step, attempt, translated, self.validator.score)
+        if not self.scoring.is_busy:
+            self.begin_scoring(translated)
+        began = time.monotonic()
+        try:
+            scored = self.scoring.collect(self.beat or (lambda: None))
+        except ScoringFailed as error:
+            message = (
+                f"the scoring process gave no scores of step {step} ({error}): they are computed between two steps"
+            )
+            self._warn(step, attempt, "scoring_process", message)
+            return self._conclude(step, attempt, translated, self.validator.score)
+        waited = {"seconds": translated["seconds"] + time.monotonic() - began}
+        return self._conclude(step, attempt, translated | waited, lambda _: scored)
+
+    def close(self) -> None:
+        if self.scoring is not None:
+            self.scoring.close()
+
+    def _conclude(
+        self, step: int, attempt: int, translated: Translated, score: Callable[[list[str]], Scored]
+    ) -> Judgement:
+        start = time.monotonic()
+        measurement, score_seconds = score(translated["hypotheses"])
+        timing = translated["timing"] | {"score_seconds": score_seconds}
+        result = self.validator.conclude(
+            step, attempt, translated["hypotheses"], measurement, timing, translated["extra"]
+        )
+        self._tell(result, time.monotonic() - start + translated["seconds"], is_asked=False)
         verdict = result.verdict
         if verdict.is_new_best:
             self.validator.write_best_report(result)
         if verdict.verdict == "no_decision":
-            self._warn(state, "no_decision", f"no decision on the validation at step {state.step}: {verdict.reason}")
+            self._warn(step, attempt, "no_decision", f"no decision on the validation at step {step}: {verdict.reason}")
         elif verdict.verdict == "warning":
-            self._warn(state, "quality_drop", f"quality at step {state.step} {verdict.reason}")
+            self._warn(step, attempt, "quality_drop", f"quality at step {step} {verdict.reason}")
         figures = verdict.to_json()
         for name in ("verdict", "reason", "best_step"):
             del figures[name]
@@ -69,44 +128,40 @@ class ValidationJudge:
 
     def observe(self, state: LoopState, model: CvmTransformer, bits: int) -> None:
         """Validate for the record: nothing of it is remembered."""
-        self._validate(state, model, bits, self.validator.observe, is_asked=True)
-
-    def _validate(
-        self, state: LoopState, model: CvmTransformer, bits: int, validate: Any, *, is_asked: bool
-    ) -> ValidationResult:
-        """Deploy, let `validate` measure, and tell the scores."""
         start = time.monotonic()
         deployed = self.deploy(model, bits)
-        settings = self.validator.config.settings
-
-        def translate(sources: list[str]) -> list[str]:
-            return translate_texts(
-                deployed,
-                self.tokenizer,
-                sources,
-                beam_size=settings.beam_size,
-                batch_size=settings.batch_size,
-                on_batch=self.beat,
-            )
-
         perplexity = self.find_perplexity(deployed)
         extra = {} if perplexity is None else {"perplexity": perplexity}
-        result: ValidationResult = validate(state.step, state.attempt, translate, extra)
+        result = self.validator.observe(state.step, state.attempt, self._translator(deployed), extra)
+        self._tell(result, time.monotonic() - start, is_asked=True)
+
+    def _translator(self, deployed: CvmTransformer) -> Callable[[list[str]], list[str]]:
+        settings = self.validator.config.settings
+        return lambda sources: translate_texts(
+            deployed,
+            self.tokenizer,
+            sources,
+            beam_size=settings.beam_size,
+            batch_size=settings.batch_size,
+            on_batch=self.beat,
+        )
+
+    def _tell(self, result: ValidationResult, seconds: float, *, is_asked: bool) -> None:
+        """Tell the scores; `seconds` are those for which training stood still."""
         self.events.write(
             "validation",
-            step=state.step,
-            attempt=state.attempt,
+            step=result.step,
+            attempt=result.attempt,
             stage=self.stage,
-            scores=result.scores | extra,
+            scores=result.scores | result.extra,
             teacher_scores=result.teacher_scores | self.validator.teacher_extra,
             quality_score=result.quality_score,
             retentions=result.retentions,
             probes=result.probes,
             decode_tokens_per_second=result.decode_tokens_per_second,
             asked=is_asked,
-            seconds=time.monotonic() - start,
+            seconds=seconds,
         )
-        return result
 
     def start_width(self) -> None:
         self.validator.start_width()
@@ -115,8 +170,8 @@ class ValidationJudge:
         best = self.validator.detector.best
         return best is not None and self.validator.is_held(best)
 
-    def _warn(self, state: LoopState, code: str, message: str) -> None:
-        self.events.write("warning", step=state.step, attempt=state.attempt, code=code, message=message)
+    def _warn(self, step: int, attempt: int, code: str, message: str) -> None:
+        self.events.write("warning", step=step, attempt=attempt, code=code, message=message)
 
     def state_dict(self) -> dict[str, Any]:
         return self.validator.state_dict()

@@ -5,6 +5,8 @@ Guarantees
 - A checkpoint holds everything: a loop resumed from it goes on bit for bit as the uninterrupted one would have.
 - A batch whose loss or gradient is not finite, or whose loss is a spike, moves nothing. After some in a row the loop
   goes back to its best checkpoint, as after a degraded validation.
+- A verdict may come some steps after the validation that it is about (`late`): always after the same number of them, so
+  that a resumed loop rolls back, narrows and halts where the uninterrupted one would have.
 - Where the bit width falls during training, it falls only after a validation at which quality was held.
 - A rollback is on disk before it is acted on, and its changed recipe is asserted after the old state is loaded.
 - A stop, and whatever observers ask for, is obeyed at a step's end; before a stop and a pause there is a checkpoint.
@@ -15,13 +17,15 @@ Guarantees
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from cvm_translator.checkpoints.folder import LoadedCheckpoint
 from cvm_translator.checkpoints.store import checkpoint_name
 from cvm_translator.corpus.prefetch import BatchFeed
 from cvm_translator.errors import Stopped
 from cvm_translator.models.transformer import CvmTransformer
+from cvm_translator.training import late
 from cvm_translator.training.faults import active_faults, learning_rate_factor
 from cvm_translator.training.guard import DecisionFile, Judgement, choose_action, max_executed_steps, next_recipe
 from cvm_translator.training.optimizer import MovingAverage, build_optimizer
@@ -35,6 +39,8 @@ from cvm_translator.training.spikes import SpikeWindow
 from cvm_translator.training.state import LoopState
 from cvm_translator.training.step import StepResult, train_step
 from cvm_translator.training.widths import UNROUNDED_BITS
+
+Result = TypeVar("Result")
 
 
 class TrainingLoop:
@@ -61,13 +67,18 @@ class TrainingLoop:
         """Train to the end, resuming from the newest valid checkpoint if there is one. Raises Stopped."""
         setup = self.setup
         with BatchFeed(setup.dataset, setup.batches, setup.device, setup.read_stored) as self._feed:
-            return self._run()
+            try:
+                return self._run()
+            finally:
+                if setup.late is not None:
+                    setup.late.close()
 
     def _run(self) -> LoopOutcome:
         setup = self.setup
         setup.store.protect(START)
         if not self._resume():
-            self._save()
+            self.save()
+        late.take_up_scoring(self)
         if self.state.is_unjudged:
             self._validate()
         self._halt_at_budget()
@@ -78,10 +89,12 @@ class TrainingLoop:
             # ---------------------------------------------------------------- once in a while: validate and judge, save
             if result.rejected is not None:
                 self._after_rejection(result)
+            elif late.is_verdict_due(self.state) and not late.conclude(self):
+                pass  # rolled back or halted, and saved
             elif self.state.step % setup.validate_every_steps == 0 or self.state.step == setup.settings.num_iterations:
                 self._validate()
             elif self.state.step % setup.settings.checkpoint_every_steps == 0:
-                self._save()
+                self.save()
             # ------------------------------------------------------------------------------------- is there more to do?
             self._halt_at_budget()
             obey_requests(self)
@@ -94,13 +107,16 @@ class TrainingLoop:
     def _halt_at_budget(self) -> None:
         state, num_iterations = self.state, self.setup.settings.num_iterations
         is_used_up = state.executed_steps >= max_executed_steps(self.setup.guard, num_iterations)
-        if state.halted is None and state.step < num_iterations and is_used_up:
+        if state.halted is not None or state.step == num_iterations or not is_used_up:
+            return
+        late.conclude(self)
+        if self.state.halted is None:
             self._halt(f"the step budget is used up ({state.executed_steps} steps executed)")
 
     def _halt(self, reason: str) -> None:
         """End the loop before its time; the checkpoint says so, so a rerun does not go on."""
         self.state.halted = reason
-        self._save()
+        self.save()
 
     def _finish(self) -> LoopOutcome:
         """Name what is delivered: the best checkpoint, or the last one where the guard is off or has judged nothing."""
@@ -164,55 +180,70 @@ class TrainingLoop:
     # -------------------------------------------------------------------------------------------- verdicts and rollback
 
     def _validate(self) -> None:
-        """Validate, judge, and keep, roll back or halt."""
+        """Validate, and act on the verdict: now, or some steps later where scores are computed beside training."""
         setup, state = self.setup, self.state
         setup.heartbeat.beat("validation", stage=setup.stage, step=state.step, attempt=state.attempt)
         self.progress.report(state)
-        bits = setup.widths.widths[state.width_index]
-        judgement = self._judge(bits)
+        if late.conclude(self):
+            bits = setup.widths.widths[state.width_index]
+            if late.is_late(setup, state):
+                late.translate(self, bits)
+            else:
+                judgement = self.unless_stopped(lambda: setup.judge.judge(state, self.validated_model(), bits))
+                self.act_on(judgement, state.step, bits)
+        self.progress.restart()
+
+    def act_on(self, judgement: Judgement, step: int, bits: int) -> None:
+        """Keep, roll back or halt; `step`, of this attempt, is that of the validation."""
+        setup, state = self.setup, self.state
         is_best = judgement.is_best
         if judgement.is_decided:
             state.validations_since_best = 0 if is_best else state.validations_since_best + 1
         action = choose_action(judgement, state, setup.guard)
-        setup.tell(
-            state,
+        setup.events.write(
             "verdict",
+            step=step,
+            attempt=state.attempt,
+            stage=setup.stage,
             action=action,
-            best_step=state.step if is_best else state.best_step,
+            best_step=step if is_best else state.best_step,
             verdict=judgement.verdict,
             reason=judgement.reason,
             bits=bits,
             **judgement.figures,
         )
         if is_best:
-            state.best_step = state.step
-            state.best_checkpoint = checkpoint_name(state.step, state.attempt)
+            state.best_step = step
+            state.best_checkpoint = checkpoint_name(step, state.attempt)
             setup.store.unprotect(START)
         if action == "keep":
             is_over = state.step == setup.settings.num_iterations
             if judgement.is_held and not is_over and setup.widths.may_narrow(state.step, state.width_index):
                 self._narrow()
-            self._save()
+                self.save()
+            elif step == state.step:
+                self.save()
+            elif is_best:
+                late.make_best(self, checkpoint_name(step, state.attempt))
         elif action == "roll_back":
             self._roll_back(judgement.reason)
         elif judgement.is_degraded:
             self._halt(f"{judgement.reason}; {len(state.rollbacks)} rollbacks did not help")
         else:
             self._halt(f"no new best in {state.validations_since_best} validations")
-        self.progress.restart()
 
-    def _judge(self, bits: int) -> Judgement:
-        """The judgement of this step; one that a stop cuts short is made when the loop is resumed."""
+    def unless_stopped(self, work: Callable[[], Result]) -> Result:
+        """What a validation's work gives; one that a stop cuts short is made when the loop is resumed."""
         setup, state = self.setup, self.state
         try:
             setup.stop.raise_if_requested()
-            judgement = judge_with_room(setup, state, self.validated_model, bits)
+            result = judge_with_room(setup, state, work)
         except Stopped as stopped:
             state.is_unjudged = True
             self.save_unless_saved()
             raise Stopped(stopped.signal_number) from None
         state.is_unjudged = False
-        return judgement
+        return result
 
     def _narrow(self) -> None:
         """Go on with fewer bits: the checkpoint of this step is the new width's rollback target until it has a best."""
@@ -239,6 +270,8 @@ class TrainingLoop:
         )
         if not setup.guard.enabled or state.consecutive_skips < setup.guard.max_consecutive_skips:
             return
+        if not late.conclude(self):
+            return  # back already, or at an end
         reason = f"emergency: {result.rejected} in {state.consecutive_skips} batches in a row"
         if len(state.rollbacks) < setup.guard.max_rollbacks:
             self._roll_back(reason)
@@ -290,7 +323,7 @@ class TrainingLoop:
         state.consecutive_skips = 0
         setup.batches.change_stream(state.data_stream)
         self._require_recipe(decision)
-        self._save()
+        self.save()
 
     def _require_recipe(self, decision: dict[str, Any]) -> None:
         """Raise where the old state, which was loaded, has undone what the rollback changes."""
@@ -317,9 +350,10 @@ class TrainingLoop:
     def save_unless_saved(self) -> None:
         """Have a checkpoint of this very step."""
         if self._saved_executed_steps != self.state.executed_steps:
-            self._save()
+            self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save the state of this step."""
         setup, state = self.setup, self.state
         setup.heartbeat.beat("save")
         # Events first: a step that a checkpoint covers is not replayed, so its loss must not die with the process.
@@ -361,5 +395,7 @@ class TrainingLoop:
             self.setup.store.protect(START)
         if self.state.held is not None:
             self.setup.store.protect(self.state.held["checkpoint"])
+        if self.state.pending is not None:
+            self.setup.store.protect(late.pending_checkpoint(self.state.pending))
         self._saved_executed_steps = self.state.executed_steps
         return differences

@@ -16,9 +16,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from cvm_translator.errors import CheckpointError, Stopped, is_full_disk
-from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.text import printable
-from cvm_translator.training.guard import Judgement
 from cvm_translator.training.setup import LoopSetup
 from cvm_translator.training.state import LoopState, capture_random_state, restore_random_state
 
@@ -56,10 +54,8 @@ def with_room(
             undo()
 
 
-def judge_with_room(
-    setup: LoopSetup, state: LoopState, build_model: Callable[[], CvmTransformer], bits: int
-) -> Judgement:
-    """The judgement of this step; one whose files found no room is made again, as if it were the first.
+def judge_with_room(setup: LoopSetup, state: LoopState, work: Callable[[], Result]) -> Result:
+    """What `work` has the judge do; where its files found no room it is done again, as if for the first time.
 
     Raises Stopped when the run was asked to leave meanwhile; nothing is then remembered of the attempt.
     """
@@ -70,7 +66,7 @@ def judge_with_room(
         restore_random_state(random)
 
     try:
-        return with_room(setup, state, lambda: setup.judge.judge(state, build_model(), bits), undo)
+        return with_room(setup, state, work, undo)
     except Stopped:
         undo()
         raise

@@ -17,7 +17,7 @@ from cvm_translator.models.transformer import CvmTransformer
 from cvm_translator.runs.control import ControlFile
 from cvm_translator.runs.events import EventWriter
 from cvm_translator.runs.heartbeat import Heartbeat
-from cvm_translator.training.guard import Judge
+from cvm_translator.training.guard import Judge, LateJudge
 from cvm_translator.training.objectives import Objective
 from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.state import LoopState
@@ -47,6 +47,8 @@ class LoopSetup:
     stop: StopRequest
     device: torch.device
     validate_every_steps: int
+    late: LateJudge | None = None
+    """The judge again, where it can score while training goes on."""
     widths: WidthCourse = NO_COURSE
     """The bit widths that training sees."""
     prepare: Callable[[CvmTransformer, int], object] = leave_as_it_is

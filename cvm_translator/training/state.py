@@ -38,6 +38,9 @@ class LoopState:
     """Why the loop ended before its last step, if it did."""
     is_unjudged: bool = False
     """Whether the validation of this step was left for a stop and is still to be made."""
+    pending: dict[str, Any] | None = None
+    """A translation whose scores are being computed while training goes on: step, attempt, bits, the step at which the
+    verdict is due, and what was translated."""
 
     def to_plain(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -51,7 +54,7 @@ class LoopState:
         return cls(**data)
 
 
-_LATER_FIELDS = {"is_unjudged"}
+_LATER_FIELDS = {"is_unjudged", "pending"}
 """Absent from the checkpoints of older versions, which did what the default says."""
 
 

@@ -1,5 +1,7 @@
 """One validation, from decoding to the files in `validation/`: translate, score, compare, judge, write.
 
+The scoring may be made elsewhere (see `scoring`): `translate` comes before it and `conclude` after it.
+
 Guarantees: the teacher is decoded once and reused for the same teacher and set; the set's SHA-256 stands in every
 record; a resumed process reads statistics instead of scoring again. Records are whole or absent (see `files`).
 """
@@ -110,7 +112,35 @@ class DistillationValidator:
         self, step: int, attempt: int, translate: Translate, extra: Mapping[str, Any] | None = None
     ) -> ValidationResult:
         """Decode the set, score it, compare it with previous, best and teacher, judge it, and write the record."""
-        hypotheses, measurement, timing = self._measure(translate)
+        return self.conclude(step, attempt, *self._measure(translate), extra)
+
+    def translate(self, translate: Translate) -> tuple[list[str], dict[str, Any]]:
+        """The hypotheses, and how long they took."""
+        began = time.perf_counter()
+        hypotheses = translate(self.sources)
+        seconds = time.perf_counter() - began
+        if len(hypotheses) != len(self.sources):
+            raise ValueError(f"{len(self.sources)} sources were translated into {len(hypotheses)} hypotheses")
+        num_tokens = self.count_tokens(hypotheses) if self.count_tokens else None
+        speed = num_tokens / seconds if num_tokens is not None else None
+        return hypotheses, {"decode_seconds": seconds, "decode_tokens_per_second": speed}
+
+    def score(self, hypotheses: list[str]) -> tuple[QualityMeasurement, float]:
+        """Their measurement, made here and now, and the seconds that it took."""
+        began = time.perf_counter()
+        measurement = self.evaluator.evaluate(self.sources, hypotheses, self.references)
+        return measurement, time.perf_counter() - began
+
+    def conclude(
+        self,
+        step: int,
+        attempt: int,
+        hypotheses: list[str],
+        measurement: QualityMeasurement,
+        timing: dict[str, Any],
+        extra: Mapping[str, Any] | None = None,
+    ) -> ValidationResult:
+        """Compare what was measured at a step with previous, best and teacher, judge it, and write the record."""
         comparisons = self._compare(measurement, extra or {})
         verdict = self.detector.judge(measurement, step, attempt)
         result = self._build_result(step, attempt, hypotheses, measurement, verdict, extra, timing, comparisons)
@@ -217,20 +247,9 @@ class DistillationValidator:
 
     def _measure(self, translate: Translate) -> tuple[list[str], QualityMeasurement, dict[str, Any]]:
         """Hypotheses, their measurement, and how long both took."""
-        began = time.perf_counter()
-        hypotheses = translate(self.sources)
-        decoded = time.perf_counter()
-        if len(hypotheses) != len(self.sources):
-            raise ValueError(f"{len(self.sources)} sources were translated into {len(hypotheses)} hypotheses")
-        measurement = self.evaluator.evaluate(self.sources, hypotheses, self.references)
-        decode_seconds = decoded - began
-        num_tokens = self.count_tokens(hypotheses) if self.count_tokens else None
-        timing = {
-            "decode_seconds": decode_seconds,
-            "score_seconds": time.perf_counter() - decoded,
-            "decode_tokens_per_second": num_tokens / decode_seconds if num_tokens is not None else None,
-        }
-        return hypotheses, measurement, timing
+        hypotheses, timing = self.translate(translate)
+        measurement, seconds = self.score(hypotheses)
+        return hypotheses, measurement, timing | {"score_seconds": seconds}
 
     def _describe(self, measurement: QualityMeasurement) -> dict[str, Any]:
         """The plain-data part of a measurement, with 95 % intervals of the scores."""

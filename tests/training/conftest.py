@@ -119,6 +119,42 @@ class ScriptedJudge:
         self.num_started = state["num_started"]
 
 
+class StillModel(torch.nn.Module):
+    """For a judge that looks at the model it is given, where there is none any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+
+@dataclass
+class LateScript:
+    """A late judge that says what its scripted judge does, when it is asked to conclude."""
+
+    script: ScriptedJudge
+    is_late: bool = True
+    begun: list[Any] = field(default_factory=list)
+    concluded: list[tuple[int, int]] = field(default_factory=list)
+    is_closed: bool = False
+
+    def translate(self, model: CvmTransformer, bits: int) -> dict[str, Any]:
+        """Its numbers show in the checkpoint if the weights were other ones."""
+        assert not model.training
+        return {"sum": sum(float(tensor.detach().double().sum()) for tensor in model.parameters()), "bits": bits}
+
+    def begin_scoring(self, translated: dict[str, Any]) -> None:
+        self.begun.append(translated)
+
+    def conclude(self, step: int, attempt: int, translated: dict[str, Any]) -> Judgement:
+        self.concluded.append((attempt, step))
+        at: Any = LoopState(step=step, attempt=attempt)
+        still: Any = StillModel().eval()
+        return self.script.judge(at, still, translated["bits"])
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
 class WordTokenizer:
     """Each token is a word: w4, w5, …"""
 
@@ -153,6 +189,7 @@ class LoopBench:
         widths: WidthCourse = LATE_INT8,
         not_held: frozenset[int] = frozenset(),
         is_compiled: bool = False,
+        is_late: bool = False,
         **settings: Any,
     ) -> TrainingLoop:
         plain = {"num_iterations": 20, "batch_size": 8, "warmup_steps": 2, "learning_rate": 5e-3}
@@ -161,6 +198,7 @@ class LoopBench:
         student, teacher = (self.make_model(*each).to(self.device) for each in ((self.sizes, 0), (TEACHER, 1)))
         seed_everything(7)
         root = self.folder / folder
+        judge = ScriptedJudge(script or {}, not_held)
         loop = TrainingLoop(
             LoopSetup(
                 stage="distil",
@@ -172,7 +210,8 @@ class LoopBench:
                 batches=BatchSchedule(self.dataset.lengths, training.batch_size, seed=5),
                 store=CheckpointStore(root / "checkpoints", report=self.reports.append),
                 events=EventWriter(root / "events.jsonl"),
-                judge=ScriptedJudge(script or {}, not_held),
+                judge=judge,
+                late=LateScript(judge, is_late),
                 stop=stop or StopRequest(),
                 device=self.device,
                 is_compiled=is_compiled,
@@ -187,7 +226,12 @@ class LoopBench:
         self.loops.append(loop)
         return loop
 
-    def use_real_judge(self, loop: TrainingLoop, beat: Callable[[], object] | None = None) -> None:
+    def use_real_judge(
+        self,
+        loop: TrainingLoop,
+        beat: Callable[[], object] | None = None,
+        build_scoring: Callable[[DistillationValidator], Any] | None = None,
+    ) -> None:
         """Validate the model's own translations of 20 sentences, in 3 batches; `beat` is called before each."""
         generator, tokenizer = np.random.default_rng(4), WordTokenizer()
         sources = [generator.integers(4, VOCAB, 6).tolist() for _ in range(20)]
@@ -200,7 +244,7 @@ class LoopBench:
             tokenizer.decode(sources),
             tokenizer.decode(targets),
         )
-        loop.setup.judge = ValidationJudge(
+        loop.setup.judge = loop.setup.late = ValidationJudge(
             "distil",
             loop.setup.events,
             validator,
@@ -208,6 +252,7 @@ class LoopBench:
             lambda model, bits: model,
             lambda model: compute_perplexity(measure_reference_losses(model, held_out, len(held_out), batch_size=8)),
             beat,
+            build_scoring(validator) if build_scoring is not None else None,
         )
 
     def run(self, *arguments: Any, **options: Any) -> LoopOutcome:

@@ -284,7 +284,7 @@ def test_the_run_pauses_while_the_disk_is_full(bench: Any, monkeypatch: pytest.M
 def test_a_run_that_waits_for_room_can_be_stopped(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "LOOK_EVERY_SECONDS", 0.001)
     loop = bench.build()
-    loop._save()
+    loop.save()
 
     def save(*_: Any, **__: Any) -> Any:
         loop.setup.stop.request(signal.SIGTERM)
