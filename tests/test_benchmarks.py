@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -14,7 +15,18 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import batches, common, evidence, loss, scaling, step_profile, teacher_cache, training, validation
+from benchmarks import (
+    batches,
+    common,
+    evidence,
+    loss,
+    scaling,
+    scoring,
+    step_profile,
+    teacher_cache,
+    training,
+    validation,
+)
 from benchmarks.common import BenchmarkError
 from benchmarks.machine import describe_machine, read_machine
 from benchmarks.training_peers import Collate, check_joeynmt, run_joeynmt
@@ -303,6 +315,25 @@ def test_what_a_run_spent_is_read_from_its_events() -> None:
     assert [bool(found) for found in failures.values()] == [False, False, False, True]
     with pytest.raises(validation.BenchmarkError, match="told its progress only 0 times"):
         validation.measure_stage([], "distil", {"distil": 1.0}, last_step=1)
+
+
+def test_what_scores_cost_training_is_told() -> None:
+    between = {"alone": 10.0, "scored": 16.0}
+    arms = {name: between for name in scoring.ARMS} | {scoring.BESIDE: {"alone": 10.0, "scored": 12.0}}
+    failures = scoring.check(arms)
+    assert list(failures.values()) == [[]]
+    slow = arms | {scoring.BESIDE: {"alone": 10.0, "scored": 13.5}}
+    assert list(scoring.check(slow).values()) == [["3.5 of 6.0 s"]]
+    data = {"machine": read_machine(), "run": "x", "num_steps": 50, "num_sentences": 2000, "metrics": ["bleu"]}
+    text = scoring.format_results(data | {"rounds": 5, "arms": arms, "failures": failures})
+    assert re.search(rf"{scoring.BESIDE} +\| 10.0 +\| 12.0 +\| 2.0 ", text)
+
+
+def test_a_run_that_validated_once_has_nothing_to_score(tmp_path: Path) -> None:
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "step_10.hypotheses.txt").write_text("one\n")
+    with pytest.raises(scoring.BenchmarkError, match="has validated 1 times: name a run with two"):
+        scoring.read_spoken(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def build_judge(
         find_perplexity,
         beat=lambda: context.go_on("validation"),
         scoring=build_scoring(context, validator),
+        on_wait=context.stop.raise_if_requested,
     )
 
 

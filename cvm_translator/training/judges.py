@@ -42,9 +42,11 @@ class ValidationJudge:
         find_perplexity: Callable[[CvmTransformer], float | None],
         beat: Callable[[], object] | None = None,
         scoring: ScoringProcess | None = None,
+        on_wait: Callable[[], object] = lambda: None,
     ) -> None:
-        """`find_perplexity` is that of the validation set; `beat` is called before each batch that is decoded and while
-        scores are waited for, and what it raises ends the validation. `scoring`: where training goes on meanwhile."""
+        """`find_perplexity` is that of the validation set. `beat` is called before each batch that is decoded and
+        `on_wait` while scores of `scoring` are waited for; what they raise ends the validation. Waiting gives no sign
+        of life, so that a scoring process that hangs is found as a trainer is that hangs in scoring."""
         self.stage = stage
         self.events = events
         self.validator = validator
@@ -53,6 +55,7 @@ class ValidationJudge:
         self.find_perplexity = find_perplexity
         self.beat = beat
         self.scoring = scoring
+        self.on_wait = on_wait
 
     @property
     def is_late(self) -> bool:
@@ -86,7 +89,7 @@ class ValidationJudge:
             self.begin_scoring(translated)
         began = time.monotonic()
         try:
-            scored = self.scoring.collect(self.beat or (lambda: None))
+            scored = self.scoring.collect(self.on_wait)
         except ScoringFailed as error:
             message = (
                 f"the scoring process gave no scores of step {step} ({error}): they are computed between two steps"

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from benchmarks import scoring as benchmark
 from cvm_translator.runs.events import read_events
 
 # The first test to ask for the reference run waits for it; so do those beside it on a busy machine.
@@ -66,3 +68,14 @@ def test_verdicts_are_the_same_and_came_later(beside: Path, whole_run: Any, find
         return {(e["stage"], e["step"], e["verdict"], e["reason"], e["best_step"]) for e in verdicts}
 
     assert told(beside) == told(whole_run.folder)
+
+
+@pytest.mark.parametrize("name", benchmark.ARMS)
+def test_the_benchmark_s_arms(name: str, whole_run: Any) -> None:
+    num_threads = torch.get_num_threads()
+    try:
+        seconds = benchmark.run_worker(name, whole_run.folder, num_steps=3, num_cores=2)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert seconds["alone"] > 0
+    assert seconds["scored"] > 0
