@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cvm_translator.corpus.records import Pair
 from cvm_translator.errors import Stopped
 from cvm_translator.pipeline.context import RunContext, StageRecord
-from cvm_translator.pipeline.parts import build_judge
+from cvm_translator.pipeline.parts import build_judge, build_scoring
 from cvm_translator.runs.heartbeat import Heartbeat
 from cvm_translator.runs.layout import RunLayout
 from cvm_translator.training.signals import StopRequest
@@ -49,6 +50,7 @@ def test_a_stop_ends_a_validation_at_its_next_sign_of_life() -> None:
     """Each decoded batch gives one: to the supervisor, and to leave for whoever asked."""
     read, write = os.pipe()
     context: Any = SimpleNamespace(events=None, heartbeat=Heartbeat(write), stop=StopRequest())
+    context.device, context.config = torch.device("cpu"), SimpleNamespace(score_beside_training="auto")
     context.beat = lambda phase: RunContext.beat(context, phase)
     context.go_on = lambda phase: RunContext.go_on(context, phase)
     tokenizer: Any = SimpleNamespace(encode=lambda texts: [[4] for _ in texts])
@@ -59,8 +61,39 @@ def test_a_stop_ends_a_validation_at_its_next_sign_of_life() -> None:
     assert judge.beat is not None
     judge.beat()
     assert os.read(read, 100).startswith(b"validation ")
+    judge.on_wait()
     context.stop.request()
     with pytest.raises(Stopped):
         judge.beat()
+    with pytest.raises(Stopped):
+        judge.on_wait()
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "num_cores", "num_scoring"),
+    [
+        ("cpu", "auto", 16, None),  # cores that num_threads leaves free are left to others, unless asked for
+        ("cpu", True, 16, 13),
+        ("cpu", True, 2, 1),
+        ("cuda", "auto", 2, None),
+        ("cuda", "auto", 3, 2),
+        ("cuda", False, 16, None),
+        ("cuda", True, 2, 1),
+    ],
+)
+def test_scores_are_computed_beside_training_where_cores_are_free(
+    device: str, wanted: Any, num_cores: int, num_scoring: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training keeps three threads busy on the CPU, and one core for a GPU."""
+    monkeypatch.setattr("loky.cpu_count", lambda: num_cores)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    notes: list[str] = []
+    context: Any = SimpleNamespace(device=torch.device(device), note=notes.append)
+    context.config = SimpleNamespace(score_beside_training=wanted)
+    validator: Any = SimpleNamespace(config=None, sources=["a"], references=["b"])
+    scoring = build_scoring(context, validator)
+    assert (scoring is None) == (num_scoring is None)
+    told = [f"scores are computed beside training, by a process of {num_scoring} threads"]
+    assert notes == ([] if num_scoring is None else told)
