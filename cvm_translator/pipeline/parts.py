@@ -137,7 +137,7 @@ def build_scoring(context: RunContext, validator: DistillationValidator) -> Scor
     if wanted is False or (wanted == "auto" and (on_cpu or num_free < LEAST_FREE_CORES)):
         return None
     num_threads = max(1, num_free)
-    context.note(f"scores are computed beside training, by a process of {num_threads} threads")
+    context.note(f"scores are computed beside training, by a process of its own (threads: {num_threads})")
     return ScoringProcess(validator.config, validator.sources, validator.references, num_threads)
 
 

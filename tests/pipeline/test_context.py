@@ -95,5 +95,5 @@ def test_scores_are_computed_beside_training_where_cores_are_free(
     validator: Any = SimpleNamespace(config=None, sources=["a"], references=["b"])
     scoring = build_scoring(context, validator)
     assert (scoring is None) == (num_scoring is None)
-    told = [f"scores are computed beside training, by a process of {num_scoring} threads"]
+    told = [f"scores are computed beside training, by a process of its own (threads: {num_scoring})"]
     assert notes == ([] if num_scoring is None else told)
