@@ -17,7 +17,8 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from cvm_translator.corpus.build import load_split
 from cvm_translator.corpus.dataset import DistillationDataset
 from cvm_translator.losses import DistillationLoss
 from cvm_translator.models.folder import load_model
-from cvm_translator.training.late import DUE_AFTER
+from cvm_translator.training.late import count_steps_to_verdict
 from cvm_translator.training.objectives import DistillationObjective
 from cvm_translator.training.optimizer import build_optimizer
 from cvm_translator.training.spikes import SpikeWindow
@@ -102,14 +103,14 @@ def run_worker(name: str, run: Path, num_steps: int, num_cores: int) -> dict[str
             train_and_score(spoken[0])  # starts the process, and has the references encoded
             seconds = {"alone": [measure_seconds(train)], "scored": []}
             for hypotheses in spoken[1:]:
-                seconds["scored"].append(measure_seconds(lambda spoken=hypotheses: train_and_score(spoken)))
+                seconds["scored"].append(measure_seconds(partial(train_and_score, hypotheses)))
                 seconds["alone"].append(measure_seconds(train))
         finally:
             scoring.close()
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def measure_seconds(work: Any) -> float:
+def measure_seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -156,7 +157,7 @@ def main() -> int:
     options = parser.parse_args()
     layout = common.find_student(options.run)
     config = load_config(layout.config)
-    num_steps = options.num_steps or max(1, int(DUE_AFTER * config.validation.every_steps))
+    num_steps = options.num_steps or count_steps_to_verdict(config.validation.every_steps)
     if options.worker:
         print(json.dumps(run_worker(options.worker, options.run, num_steps, options.threads)))
         return 0

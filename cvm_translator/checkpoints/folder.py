@@ -132,12 +132,9 @@ def write_checkpoint(
         folder.mkdir(parents=True)
         for name, serialise in parts.items():
             files[name] = _write_file(folder / name, serialise)
-        manifest = Manifest(step, attempt, is_best, files)
-        _write_file(folder / MANIFEST, lambda stream: stream.write(_manifest_bytes(manifest)))
-        fsync_directory(folder)
+        return _finish(folder, Manifest(step, attempt, is_best, files))
     except OSError as error:
         raise write_error(folder.parent, step, error) from error
-    return manifest
 
 
 def write_amended(folder: Path, source: Path, old: Manifest, plain: Mapping[str, Any], *, is_best: bool) -> Manifest:
@@ -155,11 +152,15 @@ def write_amended(folder: Path, source: Path, old: Manifest, plain: Mapping[str,
             except OSError:
                 _write_file(folder / name, partial(_copy, source / name))
         files[STATE] = _write_file(folder / STATE, lambda stream: stream.write(_state_bytes(plain)))
-        manifest = Manifest(old.step, old.attempt, is_best, files)
-        _write_file(folder / MANIFEST, lambda stream: stream.write(_manifest_bytes(manifest)))
-        fsync_directory(folder)
+        return _finish(folder, Manifest(old.step, old.attempt, is_best, files))
     except OSError as error:
         raise write_error(folder.parent, old.step, error) from error
+
+
+def _finish(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest, after all else, and make the folder durable."""
+    _write_file(folder / MANIFEST, lambda stream: stream.write(_manifest_bytes(manifest)))
+    fsync_directory(folder)
     return manifest
 
 

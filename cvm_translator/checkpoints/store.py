@@ -14,11 +14,12 @@ Others read with `load_checkpoint`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,7 @@ class CheckpointStore:
         start = time.monotonic()
         self._recover()
         name = checkpoint_name(step, attempt)
-        temporary = self.directory / f"{TEMPORARY_PREFIX}{name}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with self._temporary_folder(name, step) as temporary:
             manifest = write_checkpoint(
                 temporary, step, attempt, tensors=tensors, torch_states=torch_states, plain=plain, is_best=is_best
             )
@@ -134,11 +133,6 @@ class CheckpointStore:
             self._point(LATEST, name)
             if is_best:
                 self._point(BEST, name)
-        except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise write_error(self.directory, step, error) from error
-            raise
         self._remove_old()
         return SavedCheckpoint(self.directory / name, manifest.num_bytes, time.monotonic() - start)
 
@@ -148,20 +142,29 @@ class CheckpointStore:
         Raises CheckpointError where the checkpoint is missing or damaged, else as `save`; the old one then stays.
         """
         start = time.monotonic()
-        path, temporary = self.directory / name, self.directory / f"{TEMPORARY_PREFIX}{name}"
-        old = verify_checkpoint(path)
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
+        path = self.directory / name
+        old = self._verified_manifest(name)
+        if old is None:
+            raise CheckpointError(f"checkpoint {path} is missing or damaged: it cannot become the best")
+        with self._temporary_folder(name, old.step) as temporary:
             plain = change(read_plain(path))
             manifest = write_amended(temporary, path, old, plain, is_best=True)
-            self._commit(temporary, name, manifest)
+            self._commit(temporary, name, manifest)  # which compares all bytes
             self._point(BEST, name)
+        return SavedCheckpoint(path, manifest.num_bytes, time.monotonic() - start)
+
+    @contextlib.contextmanager
+    def _temporary_folder(self, name: str, step: int) -> Iterator[Path]:
+        """The place where a checkpoint is written before it is committed; gone after an error, which names the step."""
+        temporary = self.directory / f"{TEMPORARY_PREFIX}{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            yield temporary
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError):
-                raise write_error(self.directory, old.step, error) from error
+                raise write_error(self.directory, step, error) from error
             raise
-        return SavedCheckpoint(path, manifest.num_bytes, time.monotonic() - start)
 
     def _commit(self, temporary: Path, name: str, manifest: Manifest) -> None:
         """Rename into place and read back. An older folder of that name stands aside until the new one has verified."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from cvm_translator.corpus.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from cvm_translator.training.guard import Judgement, Translated
 from cvm_translator.training.state import LoopState
 from cvm_translator.validation.result import ValidationResult
 from cvm_translator.validation.scoring import Scored, ScoringFailed, ScoringProcess
-from cvm_translator.validation.validator import DistillationValidator
+from cvm_translator.validation.validator import DistillationValidator, Translate
 
 Deploy = Callable[[CvmTransformer, int], CvmTransformer]
 """From the float model and the bit width of the moment to a copy in the deployed number format."""
@@ -62,18 +63,20 @@ class ValidationJudge:
         return self.scoring is not None
 
     def judge(self, state: LoopState, model: CvmTransformer, bits: int) -> Judgement:
-        return self._conclude(state.step, state.attempt, self.translate(model, bits), self.validator.score)
+        translated = self.translate(model, bits)
+        return self._conclude(
+            state.step, state.attempt, translated, lambda: self.validator.score(translated["hypotheses"])
+        )
 
     def translate(self, model: CvmTransformer, bits: int) -> Translated:
         """What the model says as deployed, as plain data: the half of a judgement that needs the model."""
         start = time.monotonic()
-        deployed = self.deploy(model, bits)
-        perplexity = self.find_perplexity(deployed)
-        hypotheses, timing = self.validator.translate(self._translator(deployed))
+        translate, extra = self._deploy(model, bits)
+        hypotheses, timing = self.validator.translate(translate)
         return {
             "hypotheses": hypotheses,
             "timing": timing,
-            "extra": {} if perplexity is None else {"perplexity": perplexity},
+            "extra": extra,
             "seconds": time.monotonic() - start,
         }
 
@@ -83,31 +86,30 @@ class ValidationJudge:
 
     def conclude(self, step: int, attempt: int, translated: Translated) -> Judgement:
         """The judgement of what was translated at a step, once its scores are there."""
-        if self.scoring is None:  # a resumed run that scores between two steps
-            return self._conclude(step, attempt, translated, self.validator.score)
+        return self._conclude(step, attempt, translated, lambda: self._collect(step, attempt, translated))
+
+    def _collect(self, step: int, attempt: int, translated: Translated) -> Scored:
+        """The process's scores; computed here where a resumed run has no process, or it failed."""
+        if self.scoring is None:
+            return self.validator.score(translated["hypotheses"])
         if not self.scoring.is_busy:
             self.begin_scoring(translated)
-        began = time.monotonic()
         try:
-            scored = self.scoring.collect(self.on_wait)
+            return self.scoring.collect(self.on_wait)
         except ScoringFailed as error:
             message = (
                 f"the scoring process gave no scores of step {step} ({error}): they are computed between two steps"
             )
             self._warn(step, attempt, "scoring_process", message)
-            return self._conclude(step, attempt, translated, self.validator.score)
-        waited = {"seconds": translated["seconds"] + time.monotonic() - began}
-        return self._conclude(step, attempt, translated | waited, lambda _: scored)
+            return self.validator.score(translated["hypotheses"])
 
     def close(self) -> None:
         if self.scoring is not None:
             self.scoring.close()
 
-    def _conclude(
-        self, step: int, attempt: int, translated: Translated, score: Callable[[list[str]], Scored]
-    ) -> Judgement:
+    def _conclude(self, step: int, attempt: int, translated: Translated, score: Callable[[], Scored]) -> Judgement:
         start = time.monotonic()
-        measurement, score_seconds = score(translated["hypotheses"])
+        measurement, score_seconds = score()
         timing = translated["timing"] | {"score_seconds": score_seconds}
         result = self.validator.conclude(
             step, attempt, translated["hypotheses"], measurement, timing, translated["extra"]
@@ -132,22 +134,22 @@ class ValidationJudge:
     def observe(self, state: LoopState, model: CvmTransformer, bits: int) -> None:
         """Validate for the record: nothing of it is remembered."""
         start = time.monotonic()
-        deployed = self.deploy(model, bits)
-        perplexity = self.find_perplexity(deployed)
-        extra = {} if perplexity is None else {"perplexity": perplexity}
-        result = self.validator.observe(state.step, state.attempt, self._translator(deployed), extra)
+        result = self.validator.observe(state.step, state.attempt, *self._deploy(model, bits))
         self._tell(result, time.monotonic() - start, is_asked=True)
 
-    def _translator(self, deployed: CvmTransformer) -> Callable[[list[str]], list[str]]:
-        settings = self.validator.config.settings
-        return lambda sources: translate_texts(
+    def _deploy(self, model: CvmTransformer, bits: int) -> tuple[Translate, dict[str, Any]]:
+        """What translates as the deployed model does, and what is measured of it beside the text."""
+        deployed, settings = self.deploy(model, bits), self.validator.config.settings
+        perplexity = self.find_perplexity(deployed)
+        translate = partial(
+            translate_texts,
             deployed,
             self.tokenizer,
-            sources,
             beam_size=settings.beam_size,
             batch_size=settings.batch_size,
             on_batch=self.beat,
         )
+        return translate, {} if perplexity is None else {"perplexity": perplexity}
 
     def _tell(self, result: ValidationResult, seconds: float, *, is_asked: bool) -> None:
         """Tell the scores; `seconds` are those for which training stood still."""

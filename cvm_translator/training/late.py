@@ -27,6 +27,11 @@ DUE_AFTER = 0.1
 """Of the distance between two validations: what scoring may take of a run without ever being waited for."""
 
 
+def count_steps_to_verdict(validate_every_steps: int) -> int:
+    """From a validation to the verdict on it."""
+    return max(1, int(DUE_AFTER * validate_every_steps))
+
+
 def is_late(setup: LoopSetup, state: LoopState) -> bool:
     """Whether the verdict on this step may come later; on the last one there is nothing to be done meanwhile."""
     return setup.late is not None and setup.late.is_late and state.step < setup.settings.num_iterations
@@ -50,7 +55,7 @@ def translate(loop: TrainingLoop, bits: int) -> None:
     state.pending = {
         "step": state.step,
         "attempt": state.attempt,
-        "due": state.step + max(1, int(DUE_AFTER * setup.validate_every_steps)),
+        "due": state.step + count_steps_to_verdict(setup.validate_every_steps),
         "bits": bits,
         "translated": translated,
     }

@@ -7,6 +7,7 @@ finish, killed or out of memory, is told by `ScoringFailed`, so that the caller 
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -83,17 +84,23 @@ class ScoringProcess:
 
 # ------------------------------------------------------------------------------------------ in the process itself
 
-_work: tuple[TranslationQualityEvaluator, list[str], list[str]]
+_given: tuple[ValidationConfig, list[str], list[str]]
 
 
 def _begin(caller: int, config: ValidationConfig, sources: list[str], references: list[str], num_threads: int) -> None:
-    global _work
+    global _given
     follow(caller)
     torch.set_num_threads(num_threads)
-    _work = TranslationQualityEvaluator(config), sources, references
+    _given = config, sources, references
+
+
+@functools.cache
+def _build_evaluator() -> TranslationQualityEvaluator:
+    """With the first hypotheses: an error in `_begin` would reach the caller as a killed process."""
+    return TranslationQualityEvaluator(_given[0])
 
 
 def _score(hypotheses: list[str]) -> Scored:
-    evaluator, sources, references = _work
+    evaluator, (_, sources, references) = _build_evaluator(), _given
     began = time.perf_counter()
     return evaluator.evaluate(sources, hypotheses, references), time.perf_counter() - began

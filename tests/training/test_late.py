@@ -18,7 +18,16 @@ from cvm_translator.training.signals import StopRequest
 from cvm_translator.training.widths import WidthCourse
 from cvm_translator.validation import DistillationValidator
 from cvm_translator.validation.scoring import ScoringFailed, ScoringProcess
-from tests.training.test_loop_resume import DEGRADED, NAN, Crash, assert_same_state, crash_after, flip_a_bit, newest
+from tests.training.test_loop_resume import (
+    DEGRADED,
+    NAN,
+    Place,
+    ask_to_stop_after,
+    assert_same_state,
+    flip_a_bit,
+    newest,
+    run_through_crashes,
+)
 
 DELAY = 3
 """Steps from a validation (every fifth step) to its verdict."""
@@ -107,7 +116,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "rolled_back", "nan", "widths", "halted"])
 def test_crashes_everywhere_change_no_bit(options: dict[str, Any], bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = bench.run(folder="whole", is_late=True, **options)
-    places: list[tuple[Callable[[Any], Any], str, int, bool]] = [
+    places: list[Place] = [
         (lambda loop: loop.setup.late, "translate", 1, False),
         (lambda loop: loop.setup.late, "begin_scoring", 1, False),
         (lambda loop: loop, "_step", 7, False),  # with a verdict on its way
@@ -122,20 +131,7 @@ def test_crashes_everywhere_change_no_bit(options: dict[str, Any], bench: Any, m
         (lambda loop: loop.setup.store, "save", 3, False),
         (lambda loop: loop.setup.store, "amend", 1, False),
     ]
-    outcome, starts = None, 0
-    while outcome is None:
-        loop = bench.build(is_late=True, **options)
-        with monkeypatch.context() as patch:
-            if starts < len(places):
-                find, method, count, before = places[starts]
-                crash_after(find(loop), method, count, patch, before=before)
-            starts += 1
-            try:
-                outcome = loop.run()
-            except Crash:
-                loop.setup.events._buffer.clear()
-            finally:
-                loop.setup.events.flush()
+    outcome, starts = run_through_crashes(bench, places, options | {"is_late": True}, monkeypatch)
     assert starts > 5
     losses = bench.losses()
     assert all(len(values) == 1 for values in losses.values())
@@ -148,17 +144,9 @@ def test_crashes_everywhere_change_no_bit(options: dict[str, Any], bench: Any, m
 @pytest.mark.parametrize("place", ["a step", "the waiting"])
 def test_a_stop_leaves_the_verdict_for_the_resume(bench: Any, place: str) -> None:
     expected = bench.run(**ROLLED_BACK, folder="whole", is_late=True)
-    stop = StopRequest()
-    loop = bench.build(**ROLLED_BACK, is_late=True, stop=stop)
+    loop = bench.build(**ROLLED_BACK, is_late=True, stop=StopRequest())
     if place == "a step":
-        original = loop._step
-
-        def step() -> Any:
-            if loop.state.step == 11:
-                stop.request(signal.SIGTERM)
-            return original()
-
-        loop._step = step
+        ask_to_stop_after(loop, 12)
     else:
         conclude = loop.setup.late.conclude
 
@@ -181,16 +169,8 @@ def test_a_stop_leaves_the_verdict_for_the_resume(bench: Any, place: str) -> Non
 
 
 def test_a_run_that_now_scores_at_once_concludes_what_is_left(bench: Any) -> None:
-    stop = StopRequest()
-    loop = bench.build(**ROLLED_BACK, is_late=True, stop=stop)
-    original = loop._step
-
-    def step() -> Any:
-        if loop.state.step == 10:
-            stop.request(signal.SIGTERM)
-        return original()
-
-    loop._step = step
+    loop = bench.build(**ROLLED_BACK, is_late=True, stop=StopRequest())
+    ask_to_stop_after(loop, 11)
     with pytest.raises(Stopped):
         loop.run()
     loop.setup.events.flush()
@@ -221,11 +201,10 @@ def test_an_emergency_gives_way_to_the_verdict_s_own_rollback(bench: Any) -> Non
 def test_the_step_budget_ends_after_the_verdict(bench: Any) -> None:
     """Used up while a verdict is on its way, whose validation is the best one: it is delivered."""
     script = {(1, 15): "degraded"}
-    loop = bench.build(script, is_late=True, guard={"max_step_budget_ratio": 1.3})
-    loop.setup.validate_every_steps = 5
-    outcome = loop.run()  # 18 steps to the verdict on step 15, then 8 of the 10 from step 10 on
-    assert outcome.halted == "the step budget is used up (26 steps executed)"
-    assert outcome.state.step == 18
+    loop = bench.build(script, is_late=True, guard={"max_step_budget_ratio": 1.25})
+    outcome = loop.run()  # 18 steps to the verdict on step 15, then 7 of the 10 from step 10 on
+    assert outcome.halted == "the step budget is used up (25 steps executed)"
+    assert outcome.state.step == 17  # a step before the verdict on the second step 15 is due
     assert outcome.final_checkpoint == "checkpoint_15.attempt_2"
 
 

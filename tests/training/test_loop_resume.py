@@ -44,6 +44,43 @@ def crash_after(owner: Any, method: str, count: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(owner, method, wrapper)
 
 
+Place = tuple[Callable[[Any], Any], str, int, bool]
+"""What finds an object in a loop, its method, which call of it is the last, and whether it is not even made."""
+
+
+def run_through_crashes(
+    bench: Any, places: list[Place], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, int]:
+    """Start again and again, with a crash at one place after the other; the outcome, and how many starts it took."""
+    outcome, starts = None, 0
+    while outcome is None:
+        loop = bench.build(**options)
+        with monkeypatch.context() as patch:
+            if starts < len(places):
+                find, method, count, before = places[starts]
+                crash_after(find(loop), method, count, patch, before=before)
+            starts += 1
+            try:
+                outcome = loop.run()
+            except Crash:
+                loop.setup.events._buffer.clear()  # a killed process takes them with it
+            finally:
+                loop.setup.events.flush()
+    return outcome, starts
+
+
+def ask_to_stop_after(loop: Any, step: int) -> None:
+    """SIGTERM comes while the loop makes a step."""
+    original = loop._step
+
+    def make_step() -> Any:
+        if loop.state.step + 1 == step:
+            loop.setup.stop.request(signal.SIGTERM)
+        return original()
+
+    loop._step = make_step
+
+
 def newest(folder: Path) -> dict[str, Any]:
     """The whole state at the end: weights, moments, random generators, window, judge, place in the data."""
     loaded = CheckpointStore(folder / "checkpoints", report=print).load_newest_valid()
@@ -87,8 +124,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_crashes_everywhere_change_no_bit(options: dict[str, Any], bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Crash in a step, before and after a save, in a judgement, between decision and rollback: one loss per step."""
     expected = bench.run(folder="whole", **options)
-    outcome, starts = None, 0
-    places: list[tuple[Callable[[Any], Any], str, int, bool]] = [
+    places: list[Place] = [
         (lambda loop: loop, "_step", 4, False),
         (lambda loop: loop.setup.store, "save", 2, True),
         (lambda loop: loop.setup.store, "save", 2, False),
@@ -98,19 +134,7 @@ def test_crashes_everywhere_change_no_bit(options: dict[str, Any], bench: Any, m
         (lambda loop: loop, "_step", 6, False),
         (lambda loop: loop.setup.store, "save", 3, False),
     ]
-    while outcome is None:
-        loop = bench.build(**options)
-        with monkeypatch.context() as patch:
-            if starts < len(places):
-                find, method, count, before = places[starts]
-                crash_after(find(loop), method, count, patch, before=before)
-            starts += 1
-            try:
-                outcome = loop.run()
-            except Crash:
-                loop.setup.events._buffer.clear()  # a killed process takes them with it
-            finally:
-                loop.setup.events.flush()
+    outcome, starts = run_through_crashes(bench, places, options, monkeypatch)
     assert starts > 4
     losses = bench.losses()
     assert all(len(values) == 1 for values in losses.values())
@@ -157,16 +181,8 @@ def test_another_thread_count_is_announced(bench: Any) -> None:
 def test_a_stop_request_saves_at_the_steps_end(at_step: int, bench: Any) -> None:
     """On a step without a save, with one, and with a validation."""
     expected = bench.run(folder="whole")
-    stop = StopRequest()
-    loop = bench.build(stop=stop)
-    original = loop._step
-
-    def step() -> Any:
-        if loop.state.step + 1 == at_step:
-            stop.request(signal.SIGTERM)
-        return original()
-
-    loop._step = step
+    loop = bench.build(stop=StopRequest())
+    ask_to_stop_after(loop, at_step)
     with pytest.raises(Stopped) as stopped:
         loop.run()
     loop.setup.events.flush()

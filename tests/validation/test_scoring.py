@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -111,8 +112,22 @@ def test_an_error_there_gives_no_measurement(corpus: Any, scoring: ScoringProces
     assert not scoring.is_busy
 
 
+def test_an_evaluator_that_cannot_be_built_there_says_why(config: ValidationConfig, corpus: Any) -> None:
+    settings = config.settings.model_copy(
+        update={"metrics": ["bleu", "chrf", "bertscore"], "bertscore_model": "/no/such"}
+    )
+    changed = dataclasses.replace(config, settings=settings)
+    process = ScoringProcess(changed, corpus.sources, corpus.references, num_threads=1)
+    try:
+        process.submit(corpus.references)
+        with pytest.raises(ScoringFailed, match=r"ConfigError: .*bertscore_model '/no/such' cannot be loaded"):
+            process.collect(lambda: None)
+    finally:
+        process.close()
+
+
 PROGRAM = """
-import sys, time
+import time
 from cvm_translator.config.schema import ValidationSettings
 from cvm_translator.validation import ValidationConfig
 from cvm_translator.validation.scoring import ScoringProcess
