@@ -543,6 +543,10 @@ class FaultInjection(Settings):
     """Of learning_rate and weight_noise."""
 
 
+Switch = Literal["auto", True, False]
+"""One literal, not a union with bool: what is none of the three is told with all of them."""
+
+
 class RunConfig(Settings):
     """A whole run, as in the YAML file."""
 
@@ -554,10 +558,10 @@ class RunConfig(Settings):
     """Threads of the arithmetic; default: all cores. Recorded, since a bit-exact resume needs the same number."""
     deterministic: bool = False
     """On CUDA: only deterministic kernels, so that a resume is bit-exact."""
-    compile: Literal["auto"] | bool = "auto"
+    compile: Switch = "auto"
     """Train through PyTorch's compiler, which takes a minute at each start. auto: on CUDA, in loops of at least 1,000
     steps; it was measured to gain there, and not on CPUs."""
-    score_beside_training: Literal["auto"] | bool = "auto"
+    score_beside_training: Switch = "auto"
     """Compute a validation's scores in a process of its own while training goes on; the verdict is acted on a tenth of
     the distance between two validations later, so that a rollback undoes a tenth more. auto: on a GPU, where two cores
     are free beside the one that feeds it; on a CPU ask for it where `num_threads` leaves cores free."""

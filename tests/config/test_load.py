@@ -116,6 +116,8 @@ REFUSED_KEYWORDS = [
     ({"validation": {"metrics": ["bleu"]}}, "validation.metrics must hold bleu and chrf"),
     ({"validation": {"metrics": ["bleu", "chrf", "bluert"]}}, "validation.metrics.2"),
     ({"validation": {"weights": {"blue": 1.0}}}, "validation.weights names unknown metrics ['blue']"),
+    ({"compile": "maybe"}, "compile: Input should be 'auto', True or False (got 'maybe')"),
+    ({"score_beside_training": 2}, "score_beside_training: Input should be 'auto', True or False (got 2)"),
     ({"keep_checkpoints": 1}, "keep_checkpoints: Input should be greater than or equal to 2 (got 1)"),
     ({"corpus": {"train": []}}, "corpus.train: "),
     ({"corpus": {"train": [{"format": "csv", "path": "a"}]}}, "corpus.train.0: "),
